@@ -1,0 +1,56 @@
+"""What a generation request must satisfy, checked before anything heavy is loaded. Needs no MindSpore."""
+import json
+from numbers import Integral
+from pathlib import Path
+
+from pangu_ms.errors import PanguError
+
+
+def check_request(config, ids, max_new_tokens):
+    """Refuses a prompt that the model cannot continue.
+
+    Args:
+        config (PanguConfig): gives vocab_size and max_position_embeddings.
+        ids (list[int]): the prompt, one sequence.
+        max_new_tokens (int): how many tokens may follow it.
+
+    Raises:
+        PanguError: an empty prompt, an id that is no integer or lies outside the vocabulary, max_new_tokens below 1,
+            or more positions than the model has.
+    """
+    if len(ids) == 0:
+        raise PanguError("the prompt is empty: give at least one token")
+    for position, token_id in enumerate(ids):
+        if not isinstance(token_id, Integral):
+            raise PanguError(f"token {position} of the prompt is {token_id!r}: wanted an integer")
+        if not 0 <= token_id < config.vocab_size:
+            raise PanguError(f"token {position} of the prompt is {token_id}, outside the vocabulary: "
+                             f"wanted 0 to {config.vocab_size - 1} (vocab_size {config.vocab_size})")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
+        raise PanguError(f"max_new_tokens is {max_new_tokens!r}: wanted an integer of at least 1")
+    room = config.max_position_embeddings - len(ids)
+    if max_new_tokens > room:
+        raise PanguError(f"{len(ids)} prompt tokens and max_new_tokens {max_new_tokens} pass max_position_embeddings "
+                         f"{config.max_position_embeddings}: " +
+                         (f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"))
+
+
+def find_eos_token_ids(config, directory) -> tuple[int, ...]:
+    """The ids that end generation: those of generation_config.json where it names any, else those of config.json.
+
+    Raises:
+        PanguError: generation_config.json is there but is no JSON object, or an id is no integer.
+    """
+    path, found = Path(directory) / "generation_config.json", None
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, RecursionError, AttributeError) as error:  # AttributeError: JSON, but no object
+            raise PanguError(f"{path}: wanted a JSON object ({error}): mend the file or remove it") from None
+    if found is None:
+        path, found = Path(directory) / "config.json", config.eos_token_id
+    ids = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
+    for token_id in ids:
+        if not isinstance(token_id, int):
+            raise PanguError(f"{path}: eos_token_id holds {token_id!r}: wanted an integer or a list of integers")
+    return tuple(ids)

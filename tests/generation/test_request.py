@@ -1,0 +1,54 @@
+"""Requests are refused before anything heavy is loaded, each with its reason."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from pangu_ms.errors import PanguError
+from pangu_ms.generation.request import check_request, find_eos_token_ids
+
+config = SimpleNamespace(vocab_size=10, max_position_embeddings=16, eos_token_id=2)
+
+
+@pytest.mark.parametrize("ids, new", [([0], 15), ([9, 0, 9], 13), (list(np.arange(10)), 6), (np.arange(4), 1)])
+def test_what_fits_passes(ids, new):
+    check_request(config, ids, new)
+
+
+@pytest.mark.parametrize("ids, new, words", [
+    ([], 1, "prompt is empty"),
+    ([3, 10], 1, "token 1 of the prompt is 10, outside the vocabulary: wanted 0 to 9"),
+    ([-1], 1, "token 0 of the prompt is -1, outside the vocabulary"),
+    ([1, 2.0], 1, "token 1 of the prompt is 2.0: wanted an integer"),
+    ([1], 0, "max_new_tokens is 0"),
+    ([1], 1.5, "max_new_tokens is 1.5"),
+    ([1], 16, "max_position_embeddings 16: ask for at most 15 new tokens"),
+    ([1] * 16, 1, "max_position_embeddings 16: shorten the prompt"),
+    ([1] * 20, 1, "max_position_embeddings 16: shorten the prompt"),
+])
+def test_what_does_not_fit_is_refused(ids, new, words):
+    with pytest.raises(PanguError, match=words):
+        check_request(config, ids, new)
+
+
+@pytest.mark.parametrize("in_config, generation_config, wanted", [
+    (2, None, (2,)),
+    ([2, 5], None, (2, 5)),
+    (None, None, ()),
+    (2, '{"eos_token_id": 7}', (7,)),
+    (2, '{"eos_token_id": [7, 8]}', (7, 8)),
+    (2, '{"temperature": 1.0}', (2,)),
+])
+def test_eos_token_ids(tmp_path, in_config, generation_config, wanted):
+    if generation_config is not None:
+        (tmp_path / "generation_config.json").write_text(generation_config)
+    assert find_eos_token_ids(SimpleNamespace(eos_token_id=in_config), tmp_path) == wanted
+
+
+@pytest.mark.parametrize("text, words", [("{", "wanted a JSON object"), ("[2]", "wanted a JSON object"),
+                                         ('{"eos_token_id": "2"}', "eos_token_id holds '2'"),
+                                         ('{"eos_token_id": [2, null]}', "eos_token_id holds None")])
+def test_broken_generation_config_is_named(tmp_path, text, words):
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(PanguError, match=f"generation_config.json: {words}"):
+        find_eos_token_ids(config, tmp_path)
