@@ -21,9 +21,9 @@ def directory(data, tmp_path_factory):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(["Hello world, hello words, hello there, two spaces"] * 3, tokenizers.trainers.BpeTrainer(
-        vocab_size=290, special_tokens=[BOS, EOS], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=290, special_tokens=[BOS, EOS], show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(["Hello world, hello words, hello there, two spaces"] * 3, trainer)
     # What must not reach a prompt: a second beginning token, cutting, padding.
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, 0)])
@@ -134,7 +134,8 @@ def test_no_tokenizer_is_a_clear_error(data):
         load_tokenizer(data / "tiny")
 
 
-@pytest.mark.parametrize("name, text", [("tokenizer.json", "{}"), ("tokenizer.json", "not json"), ("tokenizer.model", "no")])
+@pytest.mark.parametrize("name, text", [("tokenizer.json", "{}"), ("tokenizer.json", "not json"),
+                                        ("tokenizer.model", "no")])
 def test_damaged_tokenizer_is_a_clear_error(data, tmp_path, name, text):
     with_config(tmp_path, data)
     (tmp_path / name).write_text(text)

@@ -1,0 +1,213 @@
+"""pangu-generate: what it prints, and that every bad input is one line on stderr and exit code 2.
+
+The model and the engine are stood in for, except in the tests of the real checkpoint at the end.
+"""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import tokenizers
+
+from pangu_ms.errors import PanguError
+from pangu_ms.generation.command import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A model that counts upwards from its prompt, in place of the real ones; records how it was called."""
+    calls = SimpleNamespace(loaded=None, eos_token_ids=None)
+
+    def from_pretrained(directory, dtype):
+        calls.loaded = (directory, dtype)
+        return "model"
+
+    def stream_generate(model, ids, max_new_tokens, *, eos_token_ids, on_prefill):
+        calls.eos_token_ids = eos_token_ids
+        for done in range(1, len(ids) + 1):
+            on_prefill(done, len(ids))
+        for i in range(max_new_tokens):
+            yield SimpleNamespace(token_id=ids[-1] + 1 + i, cache_bytes=100 + i, prefill_seconds=0.5,
+                                  decode_seconds=0.25 * i, prefill_tokens=len(ids), decode_tokens=i)
+
+    causal_lm, module = ModuleType("pangu_ms.model.causal_lm"), ModuleType("pangu_ms.generation.engine")
+    causal_lm.PanguForCausalLM = SimpleNamespace(from_pretrained=from_pretrained)
+    module.stream_generate = stream_generate
+    monkeypatch.setitem(sys.modules, causal_lm.__name__, causal_lm)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+@pytest.fixture
+def directory(data, tmp_path):
+    """The config of a tiny checkpoint and a tokenizer of single bytes, "!" = 0, "A" = 32, ..."""
+    shutil.copy(data / "tiny" / "config.json", tmp_path)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def run(directory, *options, new="3"):
+    return main(["--model", str(directory), "--max-new-tokens", new, *options])
+
+
+def test_text_goes_to_stdout(engine, directory, capsys):
+    assert run(directory, "--prompt", "AB") == 0
+    shown = capsys.readouterr()
+    assert shown.out == "CDE\n"
+    assert "prefill 3 tokens in 0.50 s, decode 2 in 0.50 s, cache 102 bytes" in shown.err
+    assert engine.loaded == (str(directory), "float32")
+
+
+def test_ids_go_to_stdout_without_a_tokenizer(engine, directory, capsys):
+    (directory / "tokenizer.json").unlink()
+    assert run(directory, "--token-ids", "5, 6,7", "--dtype", "float16") == 0
+    assert capsys.readouterr().out == "8,9,10\n"
+    assert engine.loaded == (str(directory), "float16")
+
+
+def test_text_comes_as_it_is_made(engine, directory, tmp_path, monkeypatch):
+    """Each piece has left the process, through a buffered stdout, before the next is asked for."""
+    module, seen = sys.modules["pangu_ms.generation.engine"], []
+    stream = module.stream_generate
+
+    def watched(*args, **options):
+        for piece in stream(*args, **options):
+            seen.append((tmp_path / "out").read_text())
+            yield piece
+
+    monkeypatch.setattr(module, "stream_generate", watched)
+    with open(tmp_path / "out", "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert run(directory, "--prompt", "AB") == 0
+    assert seen == ["", "C", "CD"]
+
+
+def test_half_a_character_comes_out_at_the_end(engine, directory, capsys):
+    """Id 160 is the byte E4, which begins a character of three bytes; nothing follows."""
+    assert run(directory, "--token-ids", "159", new="1") == 0
+    assert capsys.readouterr().out == "\ufffd\n"
+
+
+def test_json_is_one_object(engine, directory, capsys):
+    assert run(directory, "--prompt", "AB", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    peak = shown["stats"].pop("peak_memory_bytes")
+    assert shown == {"token_ids": [34, 35, 36], "text": "CDE", "stats": {
+        "prefill_seconds": 0.5, "prefill_tokens": 3, "decode_seconds": 0.5, "decode_tokens": 2, "cache_bytes": 102}}
+    assert 10 * 2**20 < peak < 2**40
+
+
+def test_json_text_is_null_without_a_tokenizer(engine, directory, capsys):
+    (directory / "tokenizer.json").unlink()
+    assert run(directory, "--token-ids", "5", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["token_ids"] == [6, 7, 8] and shown["text"] is None
+
+
+def test_eos_ids_come_from_the_directory(engine, directory):
+    assert run(directory, "--prompt", "AB") == 0
+    assert engine.eos_token_ids == (2,)
+    (directory / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert run(directory, "--prompt", "AB") == 0
+    assert engine.eos_token_ids == (7, 8)
+
+
+def test_prefill_shows_progress_on_a_terminal(engine, directory, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run(directory, "--prompt", "AB") == 0
+    assert "prefill: 100%" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "pangu-generate --model tests/data/tiny --token-ids 5,6,7,8" in capsys.readouterr().out
+
+
+# ---- bad input
+
+def refused(capsys, directory, *options, new="3"):
+    """The one line of a refused command."""
+    assert run(directory, *options, new=new) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("pangu-generate: error: ") and shown.err.count("\n") == 1, shown.err
+    return shown.err
+
+
+@pytest.mark.parametrize("options, new, words", [
+    (["--prompt", ""], "3", "--prompt is empty"),
+    (["--token-ids", ""], "3", "the prompt is empty"),
+    (["--token-ids", "5,six"], "3", "--token-ids is '5,six': wanted integers"),
+    (["--token-ids", "5,,6"], "3", "--token-ids is '5,,6': wanted integers"),
+    (["--token-ids", "5,199"], "3", "token 1 of the prompt is 199, outside the vocabulary: wanted 0 to 198"),
+    (["--token-ids=-5"], "3", "token 0 of the prompt is -5, outside the vocabulary"),
+    (["--token-ids", "5"], "0", "max_new_tokens is 0"),
+    (["--token-ids", "5"], "512", "max_position_embeddings 512: ask for at most 511 new tokens"),
+])
+def test_bad_request(engine, directory, capsys, options, new, words):
+    assert words in refused(capsys, directory, *options, new=new)
+    assert engine.loaded is None, "refused before the weights are read"
+
+
+def test_no_such_directory(engine, directory, capsys):
+    assert "nowhere: no such directory" in refused(capsys, directory / "nowhere", "--token-ids", "5")
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "config.json: no such file"),
+    ("{", "config.json: cannot be read as JSON"),
+    ("[]", "config.json: holds a list"),
+    ('{"vocab_size": 3}', "config.json: the configuration lacks"),
+])
+def test_bad_config(engine, directory, capsys, text, words):
+    (directory / "config.json").unlink()
+    if text is not None:
+        (directory / "config.json").write_text(text)
+    assert words in refused(capsys, directory, "--token-ids", "5")
+
+
+def test_several_findings_are_one_line(engine, directory, capsys):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu", "index_topk": 0}))
+    line = refused(capsys, directory, "--token-ids", "5")
+    assert "is refused: hidden_act: found 'gelu'" in line and "; index_topk: found 0" in line
+
+
+def test_prompt_without_a_tokenizer(engine, directory, capsys):
+    (directory / "tokenizer.json").unlink()
+    assert "--token-ids" in refused(capsys, directory, "--prompt", "AB")
+
+
+def test_bad_generation_config(engine, directory, capsys):
+    (directory / "generation_config.json").write_text("{")
+    assert "generation_config.json: wanted a JSON object" in refused(capsys, directory, "--token-ids", "5")
+    assert engine.loaded is None
+
+
+@pytest.mark.parametrize("options", [
+    [], ["--prompt", "A"], ["--max-new-tokens", "3"], ["--prompt", "A", "--token-ids", "1", "--max-new-tokens", "3"],
+    ["--prompt", "A", "--max-new-tokens", "many"], ["--prompt", "A", "--max-new-tokens", "3", "--dtype", "int8"]])
+def test_wrong_options(directory, capsys, options):
+    with pytest.raises(SystemExit) as end:
+        main(["--model", str(directory), *options])
+    assert end.value.code == 2
+    assert "pangu-generate: error: " in capsys.readouterr().err
+
+
+def test_cheap_refusals_and_help_do_not_load_mindspore(data):
+    code = ("import sys; from pangu_ms.generation.command import main; "
+            f"code = main(['--model', {str(data / 'tiny')!r}, '--token-ids', '999', '--max-new-tokens', '3']); "
+            "print(code, 'mindspore' in sys.modules)")
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout == "2 False\n"

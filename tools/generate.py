@@ -1,0 +1,6 @@
+"""python tools/generate.py: the command pangu-generate without its installed name."""
+import sys
+
+from pangu_ms.generation.command import main
+
+sys.exit(main())
