@@ -13,7 +13,7 @@ test: $(installed)
 $(installed): setup.py
 	@if [ ! -x .venv/bin/python ]; then \
 	    for python in python3.11 python3.10 python3; do \
-	        $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' 2>/dev/null || continue; \
+	        $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' >/dev/null 2>&1 || continue; \
 	        echo "making .venv with $$(command -v $$python)"; \
 	        $$python -m venv .venv || { rm -rf .venv; exit 2; }; \
 	        exit 0; \
