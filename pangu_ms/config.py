@@ -204,6 +204,11 @@ class PanguConfig:
                                    block_post_layernorm=False, mtp_depth=depth))
         return tuple(plans)
 
+    def parameter_count(self) -> dict:
+        """Numbers of parameters by component, totals and active; see `checkpoint.names.count_parameters`."""
+        from pangu_ms.checkpoint.names import count_parameters  # that table is built from this class
+        return count_parameters(self)
+
     # ---- the released models
 
     @classmethod
@@ -317,7 +322,7 @@ def _unsupported(config: PanguConfig) -> list[str]:
 
 
 def _size_problems(config: PanguConfig) -> list[str]:
-    may_be_zero = {"num_nextn_predict_layers", "n_shared_experts", "first_k_dense_replace",
+    may_be_zero = {"num_nextn_predict_layers", "first_k_dense_replace",
                    "bos_token_id", "pad_token_id", "eos_token_id"}
     may_be_negative = {"attention_dropout", "rope_theta"}  # judged elsewhere
     problems = []
