@@ -1,0 +1,112 @@
+"""The decoding state of a batch: what each layer remembers, and no more.
+
+    DSA and full layers   latent rows [B * capacity, kv_lora_rank + qk_rope_head_dim], growing
+    DSA layers            indexer keys [B * capacity, index_head_dim], growing
+    SWA layers            a ring of the last `window` latent rows
+    every layer           rings of the last k-1 inputs of its three convolutions ("taps")
+
+All are plain tensors that the compiled step updates in place. The row of position p lies at slot p of a growing tensor
+and at slot p mod R of a ring of R rows, so the state belongs to a length and nothing else: a step overwrites what lies
+beyond it.
+"""
+import mindspore as ms
+from mindspore import ops
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+# ---------------------------------------------------------------- inside the compiled step
+
+def growing_slots(position, capacity):
+    """position int32 [B, T] -> slots int32 [B, T] in a growing tensor."""
+    return position + ops.expand_dims(ops.arange(position.shape[0], dtype=ms.int32) * capacity, 1)
+
+
+def ring_order(position, size):
+    """Slots int32 [B, size] of the `size` rows before this call, oldest first; before position 0 they hold nothing real."""
+    past = position[:, :1] - size + ops.arange(size, dtype=ms.int32)
+    return _in_ring(past, size)
+
+
+def ring_slots(position, size, decode):
+    """Slots that `remember` writes: of the new rows when decoding, else of the last `size` rows, new or old."""
+    return _in_ring(position if decode else position[:, -1:] - size + 1 + ops.arange(size, dtype=ms.int32), size)
+
+
+def _in_ring(position, size):
+    return position % size + ops.expand_dims(ops.arange(position.shape[0], dtype=ms.int32) * size, 1)
+
+
+def remember(ring, new, order, slots, decode):
+    """Read the rows before `new` [B, T, D] from a ring, then let the ring hold the last rows. -> past [B, R, D]."""
+    past = ops.gather(ring, order, 0)
+    rows = new if decode else ops.cat((past, new), 1)[:, -order.shape[1]:]
+    return ops.depend(past, ops.scatter_update(ring, slots, rows))              # or the write could be dropped as unused
+
+
+def grow(tensor, new, slots):
+    """Write `new` [B, T, D] into a growing tensor. -> the tensor with the rows in it [B * capacity, D]."""
+    return ops.scatter_update(tensor, slots, new)
+
+
+# ---------------------------------------------------------------- on the host
+
+LATENT, Q_TAPS, KV_TAPS, O_TAPS, INDEX_KEYS = range(5)  # a layer's tensors, in this order; the last for DSA only
+
+
+def layer_shapes(config, plan, capacity, slack=0):
+    """(rows, width) of one layer's tensors for one sequence."""
+    taps = config.router_sliding_window - 1 + slack
+    rows = capacity if plan.window is None else plan.window + slack
+    shapes = [(rows, config.kv_lora_rank + config.qk_rope_head_dim), (taps, config.q_lora_rank),
+              (taps, config.kv_lora_rank), (taps, config.num_attention_heads * config.v_head_dim)]
+    return shapes + [(rows, config.index_head_dim)] if plan.kind == "dsa" else shapes
+
+
+def cache_bytes(config, length, batch=1, dtype="float32", slack=0):
+    """Bytes that `length` tokens of each of `batch` sequences take in all layers, MTP included.
+
+    -> {"per_token": growing rows of one token of one sequence, "fixed": rings and taps of one sequence, "total"}.
+    """
+    def size(capacity):
+        return DTYPE_BYTES[dtype] * sum(rows * width for plan in config.layers
+                                        for rows, width in layer_shapes(config, plan, capacity, slack))
+    fixed, per_token = size(0), size(1) - size(0)
+    return {"per_token": per_token, "fixed": fixed, "total": batch * (fixed + length * per_token)}
+
+
+class Cache:
+    """The state of `batch` sequences in the layers of `plans`, all empty at first.
+
+    Attributes:
+        tensors: for each layer a tuple of 2-D tensors (see `layer_shapes`), the argument of a step.
+        length: how many positions are real, the same for every sequence. Making it smaller by up to `slack` rolls back.
+        capacity: rows that growing tensors have for one sequence.
+    """
+
+    def __init__(self, config, plans, batch=1, capacity=256, dtype="float32", slack=0):
+        self.batch, self.capacity, self.length = batch, capacity, 0
+        self.growing = [plan.window is None for plan in plans]
+        self.tensors = [tuple(ops.zeros((batch * rows, width), getattr(ms, dtype))
+                              for rows, width in layer_shapes(config, plan, capacity, slack)) for plan in plans]
+
+    def reserve(self, length):
+        """Make room for `length` positions, doubling the capacity as often as it takes."""
+        capacity = self.capacity
+        while capacity < length:
+            capacity *= 2
+        if capacity > self.capacity:
+            self.tensors = [tuple(self._enlarged(tensor, capacity) if growing and i in (LATENT, INDEX_KEYS) else tensor
+                                  for i, tensor in enumerate(tensors))
+                            for growing, tensors in zip(self.growing, self.tensors)]
+            self.capacity = capacity
+
+    def _enlarged(self, tensor, capacity):
+        rows = ops.reshape(tensor, (self.batch, self.capacity, -1))
+        room = ops.zeros((self.batch, capacity - self.capacity, rows.shape[2]), tensor.dtype)
+        return ops.reshape(ops.cat((rows, room), 1), (self.batch * capacity, -1))
+
+    @property
+    def bytes(self):
+        """What the tensors take, spare capacity included."""
+        return sum(tensor.nbytes for tensors in self.tensors for tensor in tensors)

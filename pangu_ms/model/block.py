@@ -1,0 +1,47 @@
+"""A trunk layer: attention and feed-forward, each inside a hyper-connection and between two norms (section 3)."""
+from mindspore import nn, ops
+
+from pangu_ms.model.attention import Attention
+from pangu_ms.model.feed_forward import FeedForward
+from pangu_ms.model.hyper_connection import HyperConnection, flatten_streams
+from pangu_ms.model.moe import MoE
+from pangu_ms.model.norm import RMSNorm
+
+
+class Block(nn.Cell):
+    def __init__(self, config, plan):
+        super().__init__()
+        hidden = config.hidden_size
+        self.attn_mhc_module = HyperConnection(config)
+        self.input_layernorm = RMSNorm(hidden, config)
+        self.self_attn = Attention(config, plan)
+        self.post_attention_layernorm = RMSNorm(hidden, config)
+        self.mlp_mhc_module = HyperConnection(config)
+        self.pre_mlp_layernorm = RMSNorm(hidden, config)
+        self.mlp = MoE(config) if plan.moe else FeedForward(config.intermediate_size, config)
+        self.post_mlp_layernorm = RMSNorm(hidden, config)
+        self.moe, self.last_norm = plan.moe, plan.block_post_layernorm
+        if self.last_norm:
+            self.block_post_layernorm = RMSNorm(config.mhc_num_stream * hidden, config)
+
+    def construct(self, streams, rows, memory):
+        """streams [B, T, N, H] -> streams, and what the layer did: (attn, index scores, selection, mlp, ids, weights).
+
+        What nobody uses of the second is dropped when the graph is compiled.
+        """
+        x, post, mix = self.attn_mhc_module(streams)
+        attn, scores, selected = self.self_attn(self.input_layernorm(x), rows, memory)
+        streams = self.attn_mhc_module.write(self.post_attention_layernorm(attn), post, mix, streams)
+
+        x, post, mix = self.mlp_mhc_module(streams)
+        x = self.pre_mlp_layernorm(x)
+        ids, weights = (), ()
+        if self.moe:
+            mlp, ids, weights = self.mlp(x, rows["decode"])
+        else:
+            mlp = self.mlp(x)
+        streams = self.mlp_mhc_module.write(self.post_mlp_layernorm(mlp), post, mix, streams)
+
+        if self.last_norm:                                                      # one norm over all N * H values
+            streams = ops.reshape(self.block_post_layernorm(flatten_streams(streams)), streams.shape)
+        return streams, (attn, scores, selected, mlp, ids, weights)

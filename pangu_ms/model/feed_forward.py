@@ -1,0 +1,19 @@
+"""The dense feed-forward layer, also the shared expert of the MoE layers."""
+from mindspore import nn
+
+from pangu_ms.model.linear import Linear
+from pangu_ms.ops import operator
+
+
+class FeedForward(nn.Cell):
+    """SwiGLU: x [..., H] -> down_proj(silu(gate_proj(x)) * up_proj(x)) [..., H]."""
+
+    def __init__(self, width, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, width, config)
+        self.up_proj = Linear(config.hidden_size, width, config)
+        self.down_proj = Linear(width, config.hidden_size, config)
+        self.swiglu = operator("swiglu")
+
+    def construct(self, x):
+        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))

@@ -1,0 +1,53 @@
+"""Sigmoid-routed experts with a selection bias, and the shared expert (section 7)."""
+import mindspore as ms
+from mindspore import nn, ops
+
+from pangu_ms.model.feed_forward import FeedForward
+from pangu_ms.model.linear import Linear, parameter
+from pangu_ms.ops import operator
+
+
+class Stack(nn.Cell):
+    """One matrix for each expert, stacked: weight [E, O, I]."""
+
+    def __init__(self, experts, in_features, out_features, config):
+        super().__init__()
+        self.weight = parameter((experts, out_features, in_features), config)
+
+
+class Experts(nn.Cell):
+    def __init__(self, config):
+        super().__init__()
+        count, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_proj = Stack(count, hidden, width, config)
+        self.up_proj = Stack(count, hidden, width, config)
+        self.down_proj = Stack(count, width, hidden, config)
+        self.few_tokens, self.many_tokens = operator("few_tokens"), operator("many_tokens")
+
+    def construct(self, x, ids, weights, decode):
+        product = self.few_tokens if decode else self.many_tokens
+        return product(x, ids, weights, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+
+class MoE(nn.Cell):
+    def __init__(self, config):
+        super().__init__()
+        self.choices, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.scale = config.routed_scaling_factor
+        self.gate = Linear(config.hidden_size, config.n_routed_experts, config, ms.float32)
+        self.e_score_correction_bias = parameter((config.n_routed_experts,), config, ms.float32, "zeros")
+        self.experts = Experts(config)
+        self.shared_experts = FeedForward(config.moe_intermediate_size * config.n_shared_experts, config)
+        self.top_k = operator("top_k")
+
+    def construct(self, x, decode):
+        """x [B, T, H] -> y [B, T, H], and the routing: expert ids int32 [B*T, K], weights float32 [B*T, K]."""
+        rows = ops.reshape(x, (-1, x.shape[-1]))                                # [B*T, H]
+        score = ops.sigmoid(self.gate(ops.cast(rows, ms.float32)))              # [B*T, E]
+        ids = self.top_k(score + self.e_score_correction_bias, self.choices)    # the bias selects, it does not weigh
+        weights = ops.gather_elements(score, 1, ids)
+        if self.normalise:
+            weights = weights / (ops.sum(weights, -1, keepdim=True) + 1e-20)
+        weights = weights * self.scale
+        y = self.experts(rows, ids, weights, decode) + self.shared_experts(rows)
+        return ops.reshape(y, x.shape), ids, weights

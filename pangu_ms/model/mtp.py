@@ -1,0 +1,46 @@
+"""A multi-token-prediction layer: no hyper-connections, a plain residual and its own window (section 8)."""
+from mindspore import nn, ops
+
+from pangu_ms.model.attention import Attention
+from pangu_ms.model.linear import Linear
+from pangu_ms.model.moe import MoE
+from pangu_ms.model.norm import RMSNorm
+
+
+class SharedHead(nn.Cell):
+    """The norm before the trunk's lm_head. The head itself, stored once more in a Hugging Face file, is shared."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config)
+
+    def construct(self, hidden):
+        return self.norm(hidden)
+
+
+class MTPLayer(nn.Cell):
+    def __init__(self, config, plan):
+        super().__init__()
+        hidden = config.hidden_size
+        self.enorm = RMSNorm(hidden, config)
+        self.hnorm = RMSNorm(hidden, config)
+        self.eh_proj = Linear(2 * hidden, hidden, config)
+        self.input_layernorm = RMSNorm(hidden, config)
+        self.self_attn = Attention(config, plan)
+        self.post_attention_layernorm = RMSNorm(hidden, config)
+        self.pre_mlp_layernorm = RMSNorm(hidden, config)
+        self.mlp = MoE(config)
+        self.post_mlp_layernorm = RMSNorm(hidden, config)
+        self.shared_head = SharedHead(config)
+
+    def construct(self, embedding, hidden, rows, memory):
+        """embedding [B, T, H] of the tokens `depth` ahead, hidden [B, T, H] of the depth before -> hidden, un-normed.
+
+        Row p keeps position p. `shared_head` of the result goes to the trunk's lm_head; the result itself to the next
+        depth.
+        """
+        x = self.eh_proj(ops.cat((self.enorm(embedding), self.hnorm(hidden)), -1))          # embedding first
+        attn, _, _ = self.self_attn(self.input_layernorm(x), rows, memory)
+        x = x + self.post_attention_layernorm(attn)
+        mlp, _, _ = self.mlp(self.pre_mlp_layernorm(x), rows["decode"])
+        return x + self.post_mlp_layernorm(mlp)

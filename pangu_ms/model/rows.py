@@ -1,0 +1,72 @@
+"""What depends on positions alone: computed once for a call, shared by all layers.
+
+A call handles T new rows of B sequences. Without a cache those are all rows there are. With one, each layer sees
+earlier rows through its rings and its growing rows (`pangu_ms.cache`), and this file says where they lie and which of
+them each new row may see.
+"""
+import mindspore as ms
+from mindspore import nn, ops
+
+from pangu_ms.cache import growing_slots, ring_order, ring_slots
+from pangu_ms.model.rope import RotaryAngles
+
+
+class Rows(nn.Cell):
+    """Builds the dictionary that every layer reads.
+
+    "position" int32 [B, T]; "cos", "sin" float32 [B, T, 1, D/2]; "conv_open" bool [B, T, 1], the start rule of the
+    convolutions; "causal" bool [B, T, S] for layers that see the whole context; f"visible_{window}" (and
+    "visible_None") bool [B, T, 1, sinks + S], what attention may see, the sinks always; with a cache also the slots and
+    orders of its tensors, and the constants "decode" and "sparse" of the compiled step.
+    """
+
+    def __init__(self, config, plans, slack=0):
+        super().__init__()
+        self.angles = RotaryAngles(config)
+        self.sinks = config.param_sink_number
+        self.taps = config.router_sliding_window - 1
+        self.slack = slack
+        self.windows = tuple(sorted({plan.window for plan in plans if plan.window is not None}))
+        self.keys = tuple(f"visible_{window}" for window in self.windows)
+
+    def construct(self, position, capacity, decode, sparse):
+        """position int32 [B, T]; capacity: rows a growing tensor holds for one sequence, None without a cache."""
+        cos, sin = self.angles(position)
+        rows = {"position": position, "cos": ops.expand_dims(cos, 2), "sin": ops.expand_dims(sin, 2),
+                "conv_open": ops.expand_dims(position >= self.taps, 2), "decode": decode, "sparse": sparse}
+        length = position.shape[1]
+        row = ops.arange(length, dtype=ms.int32)                                                # [T]
+        at = ops.expand_dims(position, 2)                                       # [B, T, 1]
+        if capacity is None:
+            rows["causal"] = self._within(ops.expand_dims(row, 1) - row, at, None)
+            for window, key in zip(self.windows, self.keys):
+                rows[key] = self._with_sinks(self._within(ops.expand_dims(row, 1) - row, at, window))
+        else:
+            rows["causal"] = self._within(at - ops.arange(capacity, dtype=ms.int32), at, None)
+            rows["slot"] = growing_slots(position, capacity)
+            rows["tap_order"], rows["tap_slot"] = self._ring(position, self.taps + self.slack, decode)
+            for window, key in zip(self.windows, self.keys):
+                size = window + self.slack
+                distance = ops.expand_dims(row, 1) + size - ops.arange(length + size, dtype=ms.int32)       # past rows, then new ones
+                rows[key] = self._with_sinks(self._within(distance, at, window))
+                order, slot = self._ring(position, size, decode)
+                rows["order" + key], rows["slot" + key] = order, slot
+        rows["visible_None"] = self._with_sinks(rows["causal"])
+        return rows
+
+    def _within(self, distance, at, window):
+        """Distance from query to key, [T, S] or [B, T, S] -> bool [B, T, S]: not ahead, in the sequence, in the window."""
+        inside = ops.logical_and(distance >= 0, distance <= at)
+        return inside if window is None else ops.logical_and(inside, distance < window)
+
+    def _with_sinks(self, visible):
+        always = ops.ones(visible.shape[:2] + (self.sinks,), visible.dtype)
+        return ops.expand_dims(ops.cat((always, visible), 2), 2)
+
+    def _ring(self, position, size, decode):
+        return ring_order(position, size), ring_slots(position, size, decode)
+
+
+def positions(ids):
+    """ids [B, T], one sequence a row from its start -> int32 [B, T]."""
+    return ops.tile(ops.expand_dims(ops.arange(ids.shape[1], dtype=ms.int32), 0), (ids.shape[0], 1))
