@@ -180,3 +180,8 @@ def test_meta_without_a_checkpoint(data, golden, tmp_path, capsys, meta):
     np.savez(tmp_path / "x.npz", **golden | ({} if meta is None else {"meta": np.array(meta)}))
     line = refused(capsys, run(data / "odd", tmp_path / "x.npz"))
     assert ("x.npz: lacks meta" if meta is None else "meta does not hold the sha256") in line
+
+
+@pytest.mark.slow
+def test_the_real_model_agrees(data):
+    assert run(data / "odd", data / "odd" / "T24_B2.npz") == 0

@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> None:
     eos_token_ids = find_eos_token_ids(config, arguments.model)
 
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only, unless the user wants more
-    model = pangu_ms.PanguForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model = pangu_ms.PanguForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype,
+                                                      progress=sys.stderr.isatty())
 
     decoder = StreamDecoder(tokenizer) if tokenizer else None
     new_ids, texts = [], []

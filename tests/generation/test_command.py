@@ -3,16 +3,19 @@
 The model and the engine are stood in for, except in the tests of the real checkpoint at the end.
 """
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import tokenizers
+from safetensors.numpy import load_file, save_file
 
-from pangu_ms.errors import PanguError
+import pangu_ms
 from pangu_ms.generation.command import main
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +26,8 @@ def engine(monkeypatch):
     """A model that counts upwards from its prompt, in place of the real ones; records how it was called."""
     calls = SimpleNamespace(loaded=None, eos_token_ids=None)
 
-    def from_pretrained(directory, dtype):
-        calls.loaded = (directory, dtype)
+    def from_pretrained(directory, dtype, progress):
+        calls.loaded = (directory, dtype, progress)
         return "model"
 
     def stream_generate(model, ids, max_new_tokens, *, eos_token_ids, on_prefill):
@@ -64,14 +67,14 @@ def test_text_goes_to_stdout(engine, directory, capsys):
     shown = capsys.readouterr()
     assert shown.out == "CDE\n"
     assert "prefill 3 tokens in 0.50 s, decode 2 in 0.50 s, cache 102 bytes" in shown.err
-    assert engine.loaded == (str(directory), "float32")
+    assert engine.loaded == (str(directory), "float32", False)
 
 
 def test_ids_go_to_stdout_without_a_tokenizer(engine, directory, capsys):
     (directory / "tokenizer.json").unlink()
     assert run(directory, "--token-ids", "5, 6,7", "--dtype", "float16") == 0
     assert capsys.readouterr().out == "8,9,10\n"
-    assert engine.loaded == (str(directory), "float16")
+    assert engine.loaded == (str(directory), "float16", False)
 
 
 def test_text_comes_as_it_is_made(engine, directory, tmp_path, monkeypatch):
@@ -121,9 +124,10 @@ def test_eos_ids_come_from_the_directory(engine, directory):
     assert engine.eos_token_ids == (7, 8)
 
 
-def test_prefill_shows_progress_on_a_terminal(engine, directory, capsys, monkeypatch):
+def test_loading_and_prefill_show_progress_on_a_terminal(engine, directory, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run(directory, "--prompt", "AB") == 0
+    assert engine.loaded == (str(directory), "float32", True)
     assert "prefill: 100%" in capsys.readouterr().err
 
 
@@ -211,3 +215,79 @@ def test_cheap_refusals_and_help_do_not_load_mindspore(data):
             "print(code, 'mindspore' in sys.modules)")
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout == "2 False\n"
+
+
+# ---- the real model
+
+INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+
+
+def with_tensors(path, change):
+    """Rewrites the weights as `change` leaves the dict of tensors, without an index."""
+    tensors = load_file(path / WEIGHTS)
+    change(tensors)
+    save_file(tensors, path / WEIGHTS)
+    (path / INDEX).unlink()
+
+
+def with_bytes(path, change):
+    (path / WEIGHTS).write_bytes(change((path / WEIGHTS).read_bytes()))
+
+
+def with_index(path, change):
+    index = json.loads((path / INDEX).read_text())
+    change(index["weight_map"])
+    (path / INDEX).write_text(json.dumps(index))
+
+
+def put(tensors, name, *shape):
+    tensors[name] = np.zeros(shape, np.float32)
+
+
+def flip(content, at):
+    return content[:at] + bytes([content[at] ^ 0x40]) + content[at + 1:]
+
+
+NORM = "model.norm.weight"
+DAMAGES = {
+    "no weights": (lambda p: ((p / WEIGHTS).unlink(), (p / INDEX).unlink()), WEIGHTS),
+    "missing shard": (lambda p: with_index(p, lambda m: m.update({NORM: "model-00002.safetensors"})),
+                      "model-00002.safetensors"),
+    "shard outside": (lambda p: with_index(p, lambda m: m.update({NORM: "../tiny/model.safetensors"})),
+                      "../tiny/model.safetensors"),
+    "index is no JSON": (lambda p: (p / INDEX).write_text("{"), INDEX),
+    "index lacks a tensor": (lambda p: with_index(p, lambda m: m.pop(NORM)), NORM),
+    "truncated header": (lambda p: with_bytes(p, lambda b: b[:1000]), WEIGHTS),
+    "truncated data": (lambda p: with_bytes(p, lambda b: b[:-100]), WEIGHTS),
+    "flipped header length": (lambda p: with_bytes(p, lambda b: flip(b, 5)), WEIGHTS),
+    "flipped header": (lambda p: with_bytes(p, lambda b: flip(b, 8)), WEIGHTS),
+    "missing tensor": (lambda p: with_tensors(p, lambda t: t.pop(NORM)), NORM),
+    "extra tensor": (lambda p: with_tensors(p, lambda t: put(t, "model.more.weight", 3)), "model.more.weight"),
+    "wrong shape": (lambda p: with_tensors(p, lambda t: put(t, NORM, 47)), NORM),
+}
+
+
+@pytest.mark.parametrize("damage, name", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_checkpoint(data, tmp_path, capsys, damage, name):
+    for file in ("config.json", WEIGHTS, INDEX):
+        shutil.copy(data / "tiny" / file, tmp_path)
+    damage(tmp_path)
+    assert name in refused(capsys, tmp_path, "--token-ids", "5")
+
+
+@pytest.mark.slow
+def test_prints_what_full_forwards_give(data, tmp_path):
+    """The whole command as a user runs it; stdout holds the JSON object and nothing else."""
+    shown = subprocess.run([sys.executable, ROOT / "tools" / "generate.py", "--model", data / "tiny", "--token-ids",
+                            "5,6,7,8", "--max-new-tokens", "32", "--json"], cwd=tmp_path,
+                           env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    result = json.loads(shown.stdout)
+
+    import mindspore as ms
+    model, ids = pangu_ms.PanguForCausalLM.from_pretrained(data / "tiny"), [5, 6, 7, 8]
+    while len(ids) < 36 and ids[-1] != 2:  # 2 ends a text of this checkpoint
+        padded = ids + [0] * (36 - len(ids))  # one length, one graph: later rows change nothing
+        ids.append(int(model(ms.Tensor([padded], ms.int32)).asnumpy()[0, len(ids) - 1].argmax()))
+    assert result["token_ids"] == ids[4:] and result["text"] is None
+    assert result["stats"]["prefill_tokens"] == 4 and result["stats"]["cache_bytes"] > 0
