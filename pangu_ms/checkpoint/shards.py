@@ -177,21 +177,27 @@ def parse_json(path: str, text: bytes) -> dict[str, Any]:
     return fields
 
 
-def _inside(directory: str, name: str) -> str:
-    """The path of a file that an index names: a regular file of the directory itself, not one that it points to.
+def contained(directory: str, path: str) -> bool:
+    """Whether following `path`, a file of `directory`, stays there.
 
-    Symbolic links may stay inside the directory, or go where the Hugging Face cache keeps the files of a snapshot.
+    Symbolic links may also go where the Hugging Face cache keeps the files of a snapshot.
     """
+    root = os.path.realpath(directory)
+    allowed = [root]
+    if os.path.basename(os.path.dirname(root)) == "snapshots":
+        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
+    return os.path.dirname(os.path.realpath(path)) in allowed
+
+
+def _inside(directory: str, name: str) -> str:
+    """The path of a file that an index names: a regular file of the directory itself, not one that it points to."""
     if os.path.basename(name) != name or not name.endswith(".safetensors") or "\\" in name or not name.isprintable():
         raise CheckpointError(f"{directory}: the index names the file {name[:200]!r}, wanted a plain name of this "
                               "directory, *.safetensors")
     path = os.path.join(directory, name)
-    root, real = os.path.realpath(directory), os.path.realpath(path)
-    allowed = [root]
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
-        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    if os.path.dirname(real) not in allowed:
-        raise CheckpointError(f"{path}: is a link to {real}, outside the directory; put the file itself there")
+    if not contained(directory, path):
+        raise CheckpointError(f"{path}: is a link to {os.path.realpath(path)}, outside the directory; "
+                              "put the file itself there")
     try:
         mode = os.stat(path).st_mode
     except OSError:

@@ -73,6 +73,12 @@ class Source:
     def entries(self) -> list[Entry]:
         return [entry for shards in self.shards for entry in shards.entries.values()]
 
+    @property
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of every file, to tell whether the checkpoint is still the same."""
+        return [(os.path.relpath(file.name, self.directory), stat.st_size, stat.st_mtime_ns)
+                for shards in self.shards for file in shards.files for stat in [os.fstat(file.fileno())]]
+
     def _account(self, shards: Shards, wanted: list[Stored]) -> None:
         """Give every entry its place, or name those that have none and the places that stay empty."""
         entries = dict(shards.entries)

@@ -1,0 +1,259 @@
+"""Writing one planned directory so that it is there completely or not at all.
+
+Everything is written to OUT.partial, shard by shard, each under a temporary name until it is on the disk. A journal
+there says which conversion this is and which shards are done, with their checksums: the same command goes on after
+them. When all is written the directory gets its name.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from pangu_ms.checkpoint.dtypes import CARRIERS
+from pangu_ms.checkpoint.manifest import MANIFEST_FILE, read_manifest
+from pangu_ms.checkpoint.plan import Plan, Shard
+from pangu_ms.checkpoint.shards import INDEX_FILE
+from pangu_ms.checkpoint.source import Source
+from pangu_ms.checkpoint.transfer import BLOCK, fill, steps
+from pangu_ms.config import CONFIG_FILE
+from pangu_ms.errors import CheckpointError
+
+JOURNAL_FILE = ".pangu_convert.journal"
+WRITERS = 2  # shards in flight: one computes its checksum while the other waits for the disk
+
+
+class Writer:
+    """Writes `plan` to the directory `target`. `overflows` counts values that became infinite, by tensor.
+
+    `progress(nbytes)` is called for every block written, and for shards that were already there.
+    """
+
+    def __init__(self, source: Source, plan: Plan, target: str, allow_overflow: bool, progress: Callable[[int], None]):
+        self.source, self.plan, self.target = source, plan, target
+        self.partial = f"{target}.partial"
+        self.overflows: dict[str, int] = {}
+        self.resumed = 0  # shards found finished
+        self._allow_overflow, self._progress = allow_overflow, progress
+        self._done: dict[str, dict] = {}
+        self._lock, self._stop = threading.Lock(), threading.Event()
+
+    def finished(self) -> bool:
+        """Whether `target` is there, complete, from this very conversion. `CheckpointError` when it is another's."""
+        if not os.path.lexists(self.target):
+            return False
+        if not os.path.isdir(self.target):
+            raise CheckpointError(f"{self.target}: is not a directory; choose another output")
+        if os.path.ismount(self.target):
+            raise CheckpointError(f"{self.target}: is a mount point, which no directory can replace; "
+                                  "name a directory below it")
+        if not os.listdir(self.target):
+            return False
+        manifest = read_manifest(self.target)
+        if manifest is None:
+            raise CheckpointError(f"{self.target}: is not empty and was not written by pangu-convert; "
+                                  "choose another output directory")
+        files = {shard.name: shard.nbytes for shard in self.plan.shards}
+        place = manifest["grid"]["rank"] == self.plan.rank
+        if manifest["plan"] != self.plan.digest or not place or manifest["files"].keys() != files.keys():
+            raise CheckpointError(f"{self.target}: holds the result of another conversion (other input or options); "
+                                  "remove it or choose another output directory")
+        for name, size in files.items():
+            path = os.path.join(self.target, name)
+            if not os.path.isfile(path) or os.path.getsize(path) != size:
+                raise CheckpointError(f"{path}: was changed after the conversion; "
+                                      f"remove {self.target} and convert again")
+        self._forget_journal()
+        return True
+
+    def write(self, documents: dict[str, str], check: Callable[[str], None]) -> None:
+        """Write everything that is not there yet and give the directory its name.
+
+        `documents`: name in the output -> file to copy. `check(directory)` sees the complete directory before it is
+        renamed, and raises to prevent that.
+        """
+        self._documents = documents
+        os.makedirs(self.partial, exist_ok=True)
+        with open(os.path.join(self.partial, JOURNAL_FILE), "a+b") as self._journal:
+            self._resume()
+            missing = [shard for shard in self.plan.shards if shard.name not in self._done]
+            self._check_space(sum(shard.nbytes for shard in missing))
+            pool = ThreadPoolExecutor(WRITERS)
+            try:
+                for future in [pool.submit(self._write_shard, shard) for shard in missing]:
+                    future.result()
+            except OSError as error:
+                raise CheckpointError(f"{self.partial}: writing failed: {error.strerror}; the finished shards are "
+                                      "kept: mend that and run the same command again") from None
+            finally:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+            self._write_documents()
+            check(self.partial)
+            _sync_directory(self.partial)
+            os.rename(self.partial, self.target)
+            _sync_directory(os.path.dirname(self.target))
+        self._forget_journal()
+
+    def _resume(self) -> None:
+        """Take the journal for ourselves, and from it the shards that are really there."""
+        journal = self._journal
+        try:
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{self.partial}: another pangu-convert is writing it; wait for it") from None
+        journal.seek(0)
+        lines = [_parsed(line) for line in journal.read().splitlines(keepends=True)]
+        own = {"plan": self.plan.digest, "rank": self.plan.rank}
+        if not any(lines):  # new, or killed before the first line was whole
+            self._refuse_strangers({JOURNAL_FILE})
+            journal.truncate(0)
+            self._record(own)
+            return
+        if lines[0] != own:
+            raise CheckpointError(f"{self.partial}: is the beginning of another conversion (other input or options); "
+                                  "run that command again to finish it, or remove the directory")
+        if lines[-1] is None:  # a line cut by a kill must not swallow the next one
+            journal.write(b"\n")
+        shards = {shard.name: shard for shard in self.plan.shards}
+        self._refuse_strangers({JOURNAL_FILE, CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, *self._documents,
+                                *shards, *(f"{name}.tmp" for name in shards)})
+        for line in lines[1:]:
+            shard = shards.get((line or {}).get("shard"))
+            if shard and shard.name not in self._done:
+                path = os.path.join(self.partial, shard.name)
+                if os.path.isfile(path) and os.path.getsize(path) == shard.nbytes and _checksum(path) == line["crc32"]:
+                    for name, count in line["overflows"].items():
+                        self._check_overflow(name, count)
+                    self._done[shard.name] = line
+                    self.overflows |= line["overflows"]
+                    self.resumed += 1
+                    self._progress(shard.nbytes)
+
+    def _refuse_strangers(self, own: set[str]) -> None:
+        strangers = sorted(set(os.listdir(self.partial)) - own)
+        if strangers:
+            raise CheckpointError(f"{self.partial}: holds {strangers[0]!r}, which this conversion did not write; "
+                                  "move it away")
+
+    def _check_space(self, nbytes: int) -> None:
+        unfinished = [os.path.join(self.partial, f"{shard.name}.tmp") for shard in self.plan.shards]
+        reusable = sum(os.stat(path).st_blocks * 512 for path in unfinished if os.path.exists(path))
+        free = shutil.disk_usage(self.partial).free + reusable
+        if nbytes > free:
+            raise CheckpointError(f"{self.partial}: {nbytes / 1e9:.2f} GB are still to be written, the disk has "
+                                  f"{free / 1e9:.2f} GB free; make room or choose another disk")
+
+    def _write_shard(self, shard: Shard) -> None:
+        path = os.path.join(self.partial, shard.name)
+        crc, overflows = zlib.crc32(shard.header), {}
+        buffer = bytearray(BLOCK)
+        try:
+            if os.path.lexists(f"{path}.tmp"):
+                os.unlink(f"{path}.tmp")
+            with open(f"{path}.tmp", "xb", buffering=0) as file:  # a new file, whatever a link there might point to
+                _write_all(file, shard.header)
+                for output in shard.outputs:
+                    stored, carrier = output.stored, CARRIERS[output.dtype]
+                    lost = 0
+                    moves = self.source.moves(stored, output.source)
+                    for first, rows, band in steps(moves, stored.columns, output.dtype):
+                        if self._stop.is_set():
+                            return
+                        count = rows * stored.columns
+                        if count * carrier.itemsize > len(buffer):  # one row may be longer than a block
+                            buffer = bytearray(count * carrier.itemsize)
+                        values = np.frombuffer(buffer, carrier, count).reshape(rows, stored.columns)
+                        lost += fill(band, first, values, output.dtype)
+                        block = memoryview(buffer)[:values.nbytes]
+                        crc = zlib.crc32(block, crc)
+                        _write_all(file, block)
+                        with self._lock:
+                            self._progress(values.nbytes)
+                    if lost:
+                        overflows[stored.name] = lost
+                        self._check_overflow(stored.name, lost)
+                os.fsync(file.fileno())
+            os.rename(f"{path}.tmp", path)
+        except BaseException:
+            self._stop.set()  # the other shards are not worth finishing when this one has failed
+            raise
+        with self._lock:
+            self._done[shard.name] = line = {"shard": shard.name, "crc32": crc, "overflows": overflows}
+            self.overflows |= overflows
+            self._record(line)
+
+    def _check_overflow(self, name: str, count: int) -> None:
+        if not self._allow_overflow:
+            raise CheckpointError(f"{self.source.directory}: {count} values of {name} are too large for float16; "
+                                  "convert to bfloat16, or accept infinities with --allow-overflow")
+
+    def _write_documents(self) -> None:
+        for name, path in self._documents.items():
+            shutil.copyfile(path, os.path.join(self.partial, name))
+        self.plan.config.save_pretrained(self.partial)
+        total = sum(output.nbytes for output in self.plan.outputs)
+        weight_map = {o.stored.name: shard.name for shard in self.plan.shards for o in shard.outputs}
+        self._write_json(INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        grid = {"tensor_parallel": self.plan.grid.tensor, "expert_parallel": self.plan.grid.expert}
+        self._write_json(MANIFEST_FILE, {
+            "format": "pangu_ms", "plan": self.plan.digest, "grid": grid | {"rank": self.plan.rank},
+            "source": os.path.basename(os.path.abspath(self.source.directory)),
+            "tensors": len(weight_map), "overflows": self.overflows,
+            "files": {s.name: {"bytes": s.nbytes, "crc32": self._done[s.name]["crc32"]} for s in self.plan.shards},
+        })
+
+    def _write_json(self, name: str, fields: dict) -> None:
+        with open(os.path.join(self.partial, name), "w", encoding="utf-8") as file:
+            json.dump(fields, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _record(self, line: dict) -> None:
+        self._journal.write(json.dumps(line).encode() + b"\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def _forget_journal(self) -> None:
+        try:
+            os.unlink(os.path.join(self.target, JOURNAL_FILE))
+        except FileNotFoundError:
+            pass
+
+
+def _write_all(file, block: bytes | memoryview) -> None:
+    """A raw file may take less than it is given."""
+    while block:
+        block = block[file.write(block):]
+
+
+def _parsed(line: bytes) -> dict | None:
+    """A line of the journal, None when a kill cut it."""
+    try:
+        fields = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _checksum(path: str) -> int:
+    crc = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
