@@ -277,7 +277,7 @@ def _type_problem(name: str, value: Any) -> str | None:
         elif type(value) is one:
             return None
     text = (wanted.__name__ if isinstance(wanted, type) else str(wanted)).replace(", ...", "")
-    return f"{name}: found {value!r}, wanted {text.replace('tuple', 'list').replace('None', 'null')}"
+    return f"{name}: found {_shown(value)}, wanted {text.replace('tuple', 'list').replace('None', 'null')}"
 
 
 def _rope_dicts(fields: dict[str, Any]) -> dict[str, dict]:
@@ -293,11 +293,11 @@ def _rope_problems(config: PanguConfig) -> list[str]:
         without_effect = kind in ("linear", "yarn", "deepseek_yarn") and fields.get("factor") == 1 \
             and fields.get("attention_factor") in (None, 1)
         if kind != "default" and not without_effect:
-            problems.append(f"{name}: found rope type {kind!r} with factor {fields.get('factor')!r}, "
+            problems.append(f"{name}: found rope type {_shown(kind)} with factor {_shown(fields.get('factor'))}, "
                             "wanted \"default\": rope scaling is not implemented")
         theta = fields.get("rope_theta", 1.0)
         if type(theta) not in (int, float) or not math.isfinite(theta) or theta <= 0:
-            problems.append(f"{name}: rope_theta is {theta!r}, wanted a positive number")
+            problems.append(f"{name}: rope_theta is {_shown(theta)}, wanted a positive number")
         elif "rope_theta" in fields and config.rope_theta not in (None, theta):
             problems.append(f"rope_theta: found {config.rope_theta!r}, but {name} says {theta!r}; keep the right one")
     if config.rope_theta is not None and config.rope_theta <= 0:
@@ -311,13 +311,14 @@ def _unsupported(config: PanguConfig) -> list[str]:
             "attention_bias": False, "attention_dropout": 0, "n_group": 1, "topk_group": 1,
             "router_enable_expert_bias": True, "use_mome": True, "use_mhc": True, "mhc_use_gamma": True,
             "sandwich_norm": True, "param_sink_with_value": True}
-    problems = [f"{name}: found {getattr(config, name)!r}, wanted {value!r}: nothing else is implemented"
+    problems = [f"{name}: found {_shown(getattr(config, name))}, wanted {value!r}: nothing else is implemented"
                 for name, value in only.items() if getattr(config, name) != value]
     for name, values in (("mtp_hidden", MTP_HIDDEN), ("compute_dtype", COMPUTE_DTYPES)):
         if getattr(config, name) not in values:
-            problems.append(f"{name}: found {getattr(config, name)!r}, wanted one of {', '.join(values)}")
+            problems.append(f"{name}: found {_shown(getattr(config, name))}, wanted one of {', '.join(values)}")
     if config.dtype and config.torch_dtype and config.dtype != config.torch_dtype:
-        problems.append(f"dtype: found {config.dtype!r}, but torch_dtype says {config.torch_dtype!r}; keep one of them")
+        problems.append(f"dtype: found {_shown(config.dtype)}, but torch_dtype says {_shown(config.torch_dtype)}; "
+                        "keep one of them")
     return problems
 
 
@@ -369,6 +370,12 @@ def _layer_problems(config: PanguConfig) -> list[str]:
         if any(w < 1 for w in windows):
             problems.append(f"sliding_window_list: found {min(windows)}, wanted windows of at least 1 token")
     return problems
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: a damaged file may have made it long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _list(numbers: list[int]) -> str:

@@ -71,7 +71,7 @@ def released(config: PanguConfig) -> list[Stored]:
 
 def stacked(config: PanguConfig, grid: Grid = Grid(), rank: int = 0) -> list[Stored]:
     """Our layout: the tensors of one rank; of the whole model for the default grid."""
-    return [_slice(p, grid, rank) for p in parameters(config).values()]
+    return [sliced(p, grid, rank) for p in parameters(config).values()]
 
 
 def check_grid(config: PanguConfig, grid: Grid) -> None:
@@ -85,7 +85,8 @@ def check_grid(config: PanguConfig, grid: Grid) -> None:
         raise CheckpointError("the model cannot be cut that way:\n  " + "\n  ".join(problems))
 
 
-def _slice(p: Parameter, grid: Grid, rank: int) -> Stored:
+def sliced(p: Parameter, grid: Grid = Grid(), rank: int = 0) -> Stored:
+    """What one rank stores of a parameter; all of it for the default grid."""
     extent = {"members": (0, p.members), "rows": (0, p.rows), "columns": (0, p.columns)}
     for split in p.splits:
         index, size = grid.place(rank)[split.over]

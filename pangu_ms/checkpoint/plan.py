@@ -114,7 +114,7 @@ def plan_conversion(source: Source, options: Options) -> list[Plan]:
     else:
         check_grid(config, options.grid)
         layouts = [stacked(config, options.grid, rank) for rank in range(options.grid.ranks)]
-    return [Plan(config, _shards([output(s) for s in layout], options.shard_size), options.grid, rank, digest)
+    return [Plan(config, into_shards([output(s) for s in layout], options.shard_size), options.grid, rank, digest)
             for rank, layout in enumerate(layouts)]
 
 
@@ -153,7 +153,8 @@ def _describe(config: PanguConfig, options: Options) -> PanguConfig:
     return PanguConfig.from_dict(fields)
 
 
-def _shards(outputs: list[Output], shard_size: int) -> tuple[Shard, ...]:
+def into_shards(outputs: list[Output], shard_size: int) -> tuple[Shard, ...]:
+    """Files of at most `shard_size` bytes of tensors each, unless one tensor alone is larger, in the given order."""
     groups, size = [[]], 0
     for output in outputs:
         if groups[-1] and size + output.nbytes > shard_size:

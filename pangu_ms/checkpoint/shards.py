@@ -99,8 +99,8 @@ def read_header(file: BinaryIO) -> dict[str, Entry]:
     """The tensors of an open safetensors file.
 
     Refuses: a header that is longer than the file or than `LARGEST_HEADER`, is not a JSON object, or names a tensor
-    twice; an unknown dtype; a size that does not follow from dtype and shape; bytes that overlap, lie outside the
-    file, or belong to no tensor.
+    twice; metadata that is not text; an unknown dtype; a size that does not follow from dtype and shape; bytes that
+    overlap, lie outside the file, or belong to no tensor.
     """
     path = file.name
     size = os.fstat(file.fileno()).st_size
@@ -110,7 +110,9 @@ def read_header(file: BinaryIO) -> dict[str, Entry]:
         raise CheckpointError(f"{path}: no safetensors file: claims a header of {length} bytes in a file of {size}; "
                               f"{AGAIN}")
     header = parse_json(path, os.pread(file.fileno(), length, 8))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: found __metadata__ {str(metadata)[:80]!r}, wanted texts by name; {AGAIN}")
     data = 8 + length
     entries = {name: _entry(file, data, name, fields) for name, fields in header.items()}
     end = data
@@ -135,7 +137,7 @@ def _entry(file: BinaryIO, data: int, name: str, fields: Any) -> Entry:
         raise CheckpointError(f"{where}: found dtype {str(dtype)[:40]!r}, wanted one of {', '.join(CARRIERS)}")
     for value, key in ((shape, "shape"), (offsets, "data_offsets")):
         if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**63 for v in value):
-            raise CheckpointError(f"{where}: found {key} {str(value)[:80]}, wanted a list of sizes; {AGAIN}")
+            raise CheckpointError(f"{where}: found {key} {repr(value)[:80]}, wanted a list of sizes; {AGAIN}")
     nbytes = math.prod(shape) * CARRIERS[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(f"{where}: found data_offsets {offsets[:3]}, wanted {nbytes} bytes for {dtype} "
@@ -163,13 +165,14 @@ def parse_json(path: str, text: bytes) -> dict[str, Any]:
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"the key {twice[:100]!r} occurs twice")
-        "".join(fields).encode()  # half a surrogate pair, which no message could be printed with, is a ValueError
         return fields
 
     try:
         if len(text) > LARGEST_HEADER:
             raise ValueError(f"more than {LARGEST_HEADER} bytes")
         fields = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+        if b"\\u" in text:
+            json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is no text: a ValueError
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({str(error)[:200]}); {AGAIN}") from None
     if not isinstance(fields, dict):

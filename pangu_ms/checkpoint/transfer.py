@@ -45,24 +45,27 @@ def steps(moves: list[Move], columns: int, dtype: str) -> Iterator[tuple[int, in
 
 
 def fill(moves: list[Move], first: int, out: np.ndarray, dtype: str) -> int:
-    """Write what `steps` names, rows `first` to `first + len(out)` of a tensor, into `out` [rows, columns].
+    """Write rows `first` to `first + len(out)` of the tensor that `moves` make into `out` [rows, columns].
 
     `out` is contiguous and in the carrier of `dtype`. Returns how many finite values became infinite.
     """
     overflows = 0
     for move in moves:
-        entry, width = move.held.entry, move.held.part.columns
-        row = move.from_row + first - move.to_row
-        if entry.dtype == dtype and move.columns == width == out.shape[1]:
-            entry.read_into(row * width * out.itemsize, memoryview(out).cast("B"))
+        start, end = max(first, move.to_row), min(first + len(out), move.to_row + move.rows)
+        if start >= end:
             continue
-        values = _read_rows(entry, row, len(out), width)[:, move.from_column:move.from_column + move.columns]
+        entry, width = move.held.entry, move.held.part.columns
+        row, rows, target = move.from_row + start - move.to_row, end - start, out[start - first:end - first]
+        if entry.dtype == dtype and move.columns == width == out.shape[1]:
+            entry.read_into(row * width * out.itemsize, memoryview(target).cast("B"))
+            continue
+        values = _read_rows(entry, row, rows, width)[:, move.from_column:move.from_column + move.columns]
         if move.held.scale:
-            factors = to_float32(_read_rows(move.held.scale, row, len(out), 1), move.held.scale.dtype)
+            factors = to_float32(_read_rows(move.held.scale, row, rows, 1), move.held.scale.dtype)
             values, lost = from_float32(to_float32(values, "I8") * factors, dtype)
         else:
             values, lost = cast(values, entry.dtype, dtype)
-        out[:, move.to_column:move.to_column + move.columns] = values
+        target[:, move.to_column:move.to_column + move.columns] = values
         overflows += lost
     return overflows
 
