@@ -183,7 +183,7 @@ class PanguConfig:
         """Write `directory`/config.json, making the directory when it is not there."""
         os.makedirs(directory, exist_ok=True)
         with open(os.path.join(directory, CONFIG_FILE), "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=2, ensure_ascii=False)
+            json.dump(self.to_dict(), file, indent=2)
             file.write("\n")
 
     # ---- what follows from the fields

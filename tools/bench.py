@@ -50,17 +50,19 @@ def bench_convert(directory: Path, gigabytes: float, rounds: int) -> int:
     for _ in range(rounds):
         for command, read, written in (("hf2ms", source, ours), ("ms2hf", ours, back)):
             shutil.rmtree(written, ignore_errors=True)
-            seconds.setdefault(f"cp before {command}", []).append(timed_copy(read, copy))
+            for name, took in zip((f"cp of {read.name}", f"cp and fsync of {read.name}"), timed_copy(read, copy)):
+                seconds.setdefault(name, []).append(took)
             shutil.rmtree(copy)
             took, peak = timed_convert(command, read, written)
             seconds.setdefault(command, []).append(took)
             memory[command] = max(memory.get(command, 0), peak)
-    for command, directory_read in (("hf2ms", source), ("ms2hf", ours)):
-        bytes_read = sum(path.stat().st_size for path in directory_read.glob("*.safetensors"))
-        cp, took = min(seconds[f"cp before {command}"]), min(seconds[command])
-        print(f"{command}: best {took:.2f} s of {_all(seconds[command])}; cp and fsync: best {cp:.2f} s of "
-              f"{_all(seconds[f'cp before {command}'])}; {bytes_read / 1e9 / took:.2f} GB/s read, "
-              f"{100 * cp / took:.0f} % of cp; peak memory {memory[command] / 1e6:.0f} MB")
+    for name, took in seconds.items():
+        print(f"{name}: best {min(took):.2f} s of {', '.join(f'{second:.2f}' for second in took)}")
+    for command, read in (("hf2ms", source), ("ms2hf", ours)):
+        took = min(seconds[command])
+        plain, durable = (100 * min(seconds[f"{name} of {read.name}"]) / took for name in ("cp", "cp and fsync"))
+        print(f"{command}: {sum(path.stat().st_size for path in read.iterdir()) / 1e9 / took:.2f} GB/s read, "
+              f"{durable:.0f} % of cp and fsync, {plain:.0f} % of cp alone; peak memory {memory[command] / 1e6:.0f} MB")
     equal = same_tensors(source, back)
     print(f"round trip: {'the same tensors, bit by bit' if equal else 'DIFFERENT'}")
     for path in (source, ours, back):
@@ -111,14 +113,16 @@ def _size(config: PanguConfig) -> int:
     return 2 * config.parameter_count()["with_copies"]
 
 
-def timed_copy(source: Path, target: Path) -> float:
+def timed_copy(source: Path, target: Path) -> tuple[float, float]:
+    """Seconds until cp returns, and until its bytes are on the disk, as pangu-convert's are when it returns."""
     os.sync()
     started = time.monotonic()
     subprocess.run(["cp", "-r", source, target], check=True)
+    copied = time.monotonic() - started
     for path in target.iterdir():
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    return time.monotonic() - started
+    return copied, time.monotonic() - started
 
 
 def timed_convert(command: str, source: Path, target: Path) -> tuple[float, int]:
@@ -139,10 +143,6 @@ def same_tensors(one: Path, other: Path) -> bool:
         return entries[0].keys() == entries[1].keys() and all(
             (entry.dtype, entry.shape) == (entries[1][name].dtype, entries[1][name].shape)
             and same_bytes(entry, entries[1][name]) for name, entry in entries[0].items())
-
-
-def _all(seconds: list[float]) -> str:
-    return ", ".join(f"{second:.2f}" for second in seconds)
 
 
 if __name__ == "__main__":

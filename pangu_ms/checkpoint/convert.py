@@ -113,18 +113,16 @@ def run(arguments: argparse.Namespace) -> None:
             print("dry run: nothing was written")
             return
         targets = _targets(output, plans)
-        total = sum(plan.nbytes for plan in plans)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=arguments.command, disable=None) as bar:
-            writers = [Writer(source, plan, target, arguments.allow_overflow, bar.update)
-                       for plan, target in zip(plans, targets)]
-            pending = [writer for writer in writers if not writer.finished()]
-            if pending:
-                source.check_repeats()
-            for writer in pending:
-                writer.write(documents, _check(source, writer.plan, arguments.verify))
-            for writer in writers:
-                if writer not in pending and arguments.verify:
-                    _check(source, writer.plan, True)(writer.target)
+        writers = [Writer(source, plan, target, arguments.allow_overflow) for plan, target in zip(plans, targets)]
+        pending = [writer for writer in writers if not writer.finished()]
+        if pending:
+            source.check_repeats()
+        for writer in pending:
+            with tqdm(total=writer.plan.nbytes, unit="B", unit_scale=True, desc=arguments.command, disable=None) as bar:
+                writer.write(documents, _check(source, writer.plan, arguments.verify), bar.update)
+        for writer in writers:
+            if writer not in pending and arguments.verify:
+                _check(source, writer.plan, True)(writer.target)
     _report(writers, pending, time.monotonic() - started, output)
 
 
@@ -142,11 +140,11 @@ def find_documents(source: Source) -> tuple[dict[str, str], list[str]]:
         path = os.path.join(directory, name)
         if name in (CONFIG_FILE, INDEX_FILE, MANIFEST_FILE) or name.endswith(".safetensors") or name.startswith("."):
             continue
-        wanted = name.endswith(DOCUMENTS) or name.startswith(("LICENSE", "NOTICE"))
+        wanted = name.isprintable() and (name.endswith(DOCUMENTS) or name.startswith(("LICENSE", "NOTICE")))
         if wanted and os.path.isfile(path) and contained(directory, path) and os.path.getsize(path) <= LARGEST_DOCUMENT:
             documents[name] = path
         else:
-            ignored.append(name)
+            ignored.append(name if name.isprintable() else ascii(name))
     return documents, ignored
 
 

@@ -34,11 +34,12 @@ class Entry:
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fill `buffer` (bytes) from byte `start` of the tensor on."""
-        if os.preadv(self.file.fileno(), [buffer], self.offset + start) == len(buffer):
-            return
         done = 0
         while done < len(buffer):  # a signal or a network file system may give less than was asked
-            count = os.preadv(self.file.fileno(), [buffer[done:]], self.offset + start + done)
+            try:
+                count = os.preadv(self.file.fileno(), [buffer[done:]], self.offset + start + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.file.name}: cannot be read: {error.strerror}") from None
             if count == 0:
                 raise CheckpointError(f"{self.file.name}: ends inside {self.name}; it was cut while being read")
             done += count

@@ -7,6 +7,8 @@ missing, unexpected, wrongly shaped and wrongly typed tensors are named in one e
 import os
 import re
 
+from tqdm import tqdm
+
 from pangu_ms.checkpoint.layout import Stored, released, stacked
 from pangu_ms.checkpoint.manifest import rank_directories, read_grid, read_manifest
 from pangu_ms.checkpoint.names import INT8, layer_prefix
@@ -128,15 +130,19 @@ class Source:
         beyond = max(found, default=0) - trunk + 1
         depth = self.config.num_nextn_predict_layers
         if beyond > depth and f"{layer_prefix(max(found))}eh_proj.weight" in unexpected:
-            lines.append(f"The checkpoint holds {beyond} MTP layers, config.json says num_nextn_predict_layers "
-                         f"{depth}: set it to {beyond} (pangu-convert --mtp drop makes a directory without them)")
+            lines.append(f"config.json says num_nextn_predict_layers {depth}, the checkpoint holds {beyond} MTP layers: "
+                         f"set it to {beyond} (pangu-convert --mtp drop then makes a directory without them)")
+        absent = sum(name.split(" ")[0].endswith(".eh_proj.weight") for name in missing)
+        if absent:
+            lines.append(f"config.json says num_nextn_predict_layers {depth}, {absent} of these layers are not there: "
+                         f"set it to {depth - absent} to do without them")
         if self.int8 and wrong:
             lines.append("Tensors of the Int8 release and of the bfloat16 one are never mixed; fetch one of them whole")
         raise CheckpointError("\n".join(lines))
 
     def check_repeats(self) -> None:
         """Compare, byte by byte, what is stored more than once; `CheckpointError` names the first that differs."""
-        for entry, other in self.repeats:
+        for entry, other in tqdm(self.repeats, desc="compare repeats", unit="tensor", disable=None, leave=False):
             if entry.dtype != other.dtype or entry.nbytes != other.nbytes or not same_bytes(entry, other):
                 raise CheckpointError(f"{entry.file.name}: {entry.name} differs from {other.name} in "
                                       f"{other.file.name}, which it must repeat; fetch both files again")

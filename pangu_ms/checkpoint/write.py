@@ -30,17 +30,14 @@ WRITERS = 2  # shards in flight: one computes its checksum while the other waits
 
 
 class Writer:
-    """Writes `plan` to the directory `target`. `overflows` counts values that became infinite, by tensor.
+    """Writes `plan` to the directory `target`. `overflows` counts values that became infinite, by tensor."""
 
-    `progress(nbytes)` is called for every block written, and for shards that were already there.
-    """
-
-    def __init__(self, source: Source, plan: Plan, target: str, allow_overflow: bool, progress: Callable[[int], None]):
+    def __init__(self, source: Source, plan: Plan, target: str, allow_overflow: bool):
         self.source, self.plan, self.target = source, plan, target
         self.partial = f"{target}.partial"
         self.overflows: dict[str, int] = {}
         self.resumed = 0  # shards found finished
-        self._allow_overflow, self._progress = allow_overflow, progress
+        self._allow_overflow = allow_overflow
         self._done: dict[str, dict] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
 
@@ -72,13 +69,14 @@ class Writer:
         self._forget_journal()
         return True
 
-    def write(self, documents: dict[str, str], check: Callable[[str], None]) -> None:
+    def write(self, documents: dict[str, str], check: Callable[[str], None], progress: Callable[[int], None]) -> None:
         """Write everything that is not there yet and give the directory its name.
 
         `documents`: name in the output -> file to copy. `check(directory)` sees the complete directory before it is
-        renamed, and raises to prevent that.
+        renamed, and raises to prevent that. `progress(nbytes)` is called for every block written, and for shards that
+        were there already.
         """
-        self._documents = documents
+        self._documents, self._progress = documents, progress
         os.makedirs(self.partial, exist_ok=True)
         with open(os.path.join(self.partial, JOURNAL_FILE), "a+b") as self._journal:
             self._resume()

@@ -103,7 +103,7 @@ def test_mtp_layers_that_the_config_does_not_know(data, tmp_path):
     config = generate.config(data)
     generate.write(tmp_path, config, generate.tensors(config))
     text = refusal(tmp_path, dataclasses.replace(config, num_nextn_predict_layers=0))
-    assert "holds 3 MTP layers, config.json says num_nextn_predict_layers 0: set it to 3" in text
+    assert "config.json says num_nextn_predict_layers 0, the checkpoint holds 3 MTP layers: set it to 3" in text
 
 
 @pytest.mark.parametrize("copy", ["model.layers.5.embed_tokens.weight", "model.layers.6.shared_head.head.weight"])
@@ -153,3 +153,9 @@ def test_needs_neither_mindspore_nor_torch():
     script = ("import sys, pangu_ms.checkpoint.load; "
               "sys.exit(any(m in sys.modules for m in ('mindspore', 'mindformers', 'torch', 'safetensors')))")
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_mtp_layers_that_are_not_there(data, tmp_path):
+    config = generate.config(data)
+    generate.write(tmp_path, config, generate.tensors(dataclasses.replace(config, num_nextn_predict_layers=1)))
+    assert "says num_nextn_predict_layers 3, 2 of these layers are not there: set it to 1" in refusal(tmp_path, config)
