@@ -130,8 +130,8 @@ class Source:
         beyond = max(found, default=0) - trunk + 1
         depth = self.config.num_nextn_predict_layers
         if beyond > depth and f"{layer_prefix(max(found))}eh_proj.weight" in unexpected:
-            lines.append(f"config.json says num_nextn_predict_layers {depth}, the checkpoint holds {beyond} MTP layers: "
-                         f"set it to {beyond} (pangu-convert --mtp drop then makes a directory without them)")
+            lines.append(f"config.json says num_nextn_predict_layers {depth}, the checkpoint holds {beyond} MTP layers:"
+                         f" set it to {beyond} (pangu-convert --mtp drop then makes a directory without them)")
         absent = sum(name.split(" ")[0].endswith(".eh_proj.weight") for name in missing)
         if absent:
             lines.append(f"config.json says num_nextn_predict_layers {depth}, {absent} of these layers are not there: "

@@ -145,8 +145,8 @@ class Writer:
         reusable = sum(os.stat(path).st_blocks * 512 for path in unfinished if os.path.exists(path))
         free = shutil.disk_usage(self.partial).free + reusable
         if nbytes > free:
-            raise CheckpointError(f"{self.partial}: {nbytes / 1e9:.2f} GB are still to be written, the disk has "
-                                  f"{free / 1e9:.2f} GB free; make room or choose another disk")
+            raise CheckpointError(f"{self.partial}: {nbytes:,} bytes are still to be written, the disk has {free:,} "
+                                  "free; make room or choose another disk")
 
     def _write_shard(self, shard: Shard) -> None:
         path = os.path.join(self.partial, shard.name)
