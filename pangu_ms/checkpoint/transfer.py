@@ -76,12 +76,12 @@ def _band(move: Move) -> tuple[int, int]:
 
 def same_bytes(one: Entry, other: Entry) -> bool:
     """Whether two entries of one size hold the same bytes."""
-    buffers = memoryview(bytearray(BLOCK)), memoryview(bytearray(BLOCK))
+    left, right = bytearray(BLOCK), bytearray(BLOCK)
     for start in range(0, one.nbytes, BLOCK):
         size = min(BLOCK, one.nbytes - start)
-        for entry, buffer in zip((one, other), buffers):
-            entry.read_into(start, buffer[:size])
-        if buffers[0][:size] != buffers[1][:size]:
+        one.read_into(start, memoryview(left)[:size])
+        other.read_into(start, memoryview(right)[:size])
+        if left[:size] != right[:size]:  # bytearrays compare as memory does, memoryviews item by item
             return False
     return True
 
