@@ -23,7 +23,7 @@ def growing_slots(position, capacity):
 
 
 def ring_order(position, size):
-    """Slots int32 [B, size] of the `size` rows before this call, oldest first; before position 0 they hold nothing real."""
+    """Slots int32 [B, size] of the `size` rows before this call, oldest first; nothing real lies before position 0."""
     past = position[:, :1] - size + ops.arange(size, dtype=ms.int32)
     return _in_ring(past, size)
 
@@ -41,7 +41,7 @@ def remember(ring, new, order, slots, decode):
     """Read the rows before `new` [B, T, D] from a ring, then let the ring hold the last rows. -> past [B, R, D]."""
     past = ops.gather(ring, order, 0)
     rows = new if decode else ops.cat((past, new), 1)[:, -order.shape[1]:]
-    return ops.depend(past, ops.scatter_update(ring, slots, rows))              # or the write could be dropped as unused
+    return ops.depend(past, ops.scatter_update(ring, slots, rows))              # a write nobody uses is dropped
 
 
 def grow(tensor, new, slots):
@@ -52,6 +52,7 @@ def grow(tensor, new, slots):
 # ---------------------------------------------------------------- on the host
 
 LATENT, Q_TAPS, KV_TAPS, O_TAPS, INDEX_KEYS = range(5)  # a layer's tensors, in this order; the last for DSA only
+GROWING = (LATENT, INDEX_KEYS)  # in layers without a window
 
 
 def layer_shapes(config, plan, capacity, slack=0):
@@ -96,7 +97,7 @@ class Cache:
         while capacity < length:
             capacity *= 2
         if capacity > self.capacity:
-            self.tensors = [tuple(self._enlarged(tensor, capacity) if growing and i in (LATENT, INDEX_KEYS) else tensor
+            self.tensors = [tuple(self._enlarged(tensor, capacity) if growing and i in GROWING else tensor
                                   for i, tensor in enumerate(tensors))
                             for growing, tensors in zip(self.growing, self.tensors)]
             self.capacity = capacity

@@ -1,7 +1,9 @@
 """Fixtures that every test may use."""
+import functools
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # MindSpore logs warnings about its own operators by default; a test run shows errors only.
@@ -12,3 +14,23 @@ os.environ.setdefault("GLOG_v", "3")
 def data() -> Path:
     """The folder of golden checkpoints: one folder each, with config.json, model.safetensors and T*.npz."""
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def model(data):
+    """model(name): the golden checkpoint of that name, loaded once and with its compiled functions kept."""
+    @functools.cache
+    def load(name):
+        from pangu_ms import PanguForCausalLM
+        return PanguForCausalLM.from_pretrained(data / name)
+    return load
+
+
+@pytest.fixture(scope="session")
+def golden(data):
+    """golden(name, file): the arrays of a golden file, by key."""
+    @functools.cache
+    def read(name, file):
+        with np.load(data / name / f"{file}.npz", allow_pickle=False) as arrays:
+            return dict(arrays)
+    return read

@@ -7,7 +7,7 @@ each head, `absorbed` moves that product to the query and the output, so that ro
 import mindspore as ms
 from mindspore import nn, ops
 
-from pangu_ms.cache import grow, remember
+from pangu_ms.cache import INDEX_KEYS, KV_TAPS, LATENT, O_TAPS, Q_TAPS, grow, remember
 from pangu_ms.model.conv import ShortConv
 from pangu_ms.model.indexer import Indexer
 from pangu_ms.model.linear import Linear, parameter
@@ -25,7 +25,7 @@ class Attention(nn.Cell):
         self.heads, self.nope, self.rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.value, self.latent, self.topk = config.v_head_dim, config.kv_lora_rank, config.index_topk
         self.windowed, self.dsa = plan.window is not None, plan.kind == "dsa"
-        self.visible = f"visible_{plan.window}"
+        self.visible, self.order, self.slot = (f"{what}_{plan.window}" for what in ("visible", "order", "slot"))
         hidden, q_rank, out = config.hidden_size, config.q_lora_rank, self.heads * self.value
         self.q_a_proj = Linear(hidden, q_rank, config)
         self.qa_conv = ShortConv(q_rank, config)
@@ -42,7 +42,7 @@ class Attention(nn.Cell):
         if self.dsa:
             self.indexer = Indexer(config)
         self.scale = (self.nope + self.rope) ** -0.5
-        self.rotate, self.top_k = operator("rotate"), operator("top_k")
+        self.rotate, self.softmax, self.top_k = operator("rotate"), operator("softmax"), operator("top_k")
 
     def construct(self, x, rows, memory):
         """x [B, T, H], normed -> y [B, T, H], and for DSA without a cache the indexer's scores and selection [B, T, T].
@@ -58,15 +58,15 @@ class Attention(nn.Cell):
                 selected = self._selection(scores, rows["causal"])
                 visible = self._with_sinks(selected)
         elif self.windowed:
-            past = remember(memory[0], row, rows["order" + self.visible], rows["slot" + self.visible], rows["decode"])
+            past = remember(memory[LATENT], row, rows[self.order], rows[self.slot], rows["decode"])
             keys, visible = ops.cat((past, row), 1), rows[self.visible]
         else:
-            cached = ops.reshape(grow(memory[0], row, rows["slot"]), (x.shape[0], -1, self.latent + self.rope))
+            cached = ops.reshape(grow(memory[LATENT], row, rows["slot"]), (x.shape[0], -1, self.latent + self.rope))
             keys, visible = cached, rows[self.visible]
             if self.dsa:
                 index = self.indexer.keys(x, rows)
-                index = ops.reshape(grow(memory[4], index, rows["slot"]), (x.shape[0], -1, index.shape[-1]))
-                keys = ops.depend(keys, index)                                  # or the write could be dropped as unused
+                index = ops.reshape(grow(memory[INDEX_KEYS], index, rows["slot"]), (x.shape[0], -1, index.shape[-1]))
+                keys = ops.depend(keys, index)                                  # a write nobody uses is dropped
                 if rows["sparse"]:
                     chosen = self.top_k(self._masked_scores(x, q_latent, index, rows), self.topk)
                     keys = _gather_rows(cached, chosen)                         # [B, T, K, D]
@@ -76,15 +76,15 @@ class Attention(nn.Cell):
             out = self.absorbed(q_nope, q_pe, keys, visible)
         else:
             out = self.expanded(q_nope, q_pe, keys, visible)
-        out = self.o_conv(out, self._past(out, memory, 3, rows), rows["conv_open"])
+        out = self.o_conv(out, self._past(out, memory, O_TAPS, rows), rows["conv_open"])
         return self.o_proj(out), scores, selected
 
     def _project(self, x, rows, memory):
-        """-> q_latent [B, T, q_lora_rank], q_nope and q_pe [B, T, heads, .], the new latent row [B, T, latent + rope]."""
+        """-> q_latent [B, T, q_lora_rank], q_nope and q_pe [B, T, heads, .], the new latent rows [B, T, D]."""
         q_in, kv = self.q_a_proj(x), self.kv_a_proj_with_mqa(x)
         latent, k_pe = kv[..., :self.latent], kv[..., self.latent:]
-        q_in = self.qa_conv(q_in, self._past(q_in, memory, 1, rows), rows["conv_open"])
-        latent = self.compresskv_conv(latent, self._past(latent, memory, 2, rows), rows["conv_open"])
+        q_in = self.qa_conv(q_in, self._past(q_in, memory, Q_TAPS, rows), rows["conv_open"])
+        latent = self.compresskv_conv(latent, self._past(latent, memory, KV_TAPS, rows), rows["conv_open"])
         q_latent = self.q_a_layernorm(q_in)
         q = ops.reshape(self.q_b_proj(q_latent), (x.shape[0], -1, self.heads, self.nope + self.rope))
         k_pe = ops.squeeze(self.rotate(ops.expand_dims(k_pe, 2), rows["cos"], rows["sin"]), 2)
@@ -92,7 +92,7 @@ class Attention(nn.Cell):
         return q_latent, q[..., :self.nope], self.rotate(q[..., self.nope:], rows["cos"], rows["sin"]), row
 
     def _past(self, new, memory, site, rows):
-        """The convolution inputs before this call: from the taps, or zeros that the start rule keeps from being used."""
+        """The convolution inputs before this call: from the taps, or zeros, which the start rule never lets in."""
         if memory is None:
             return ops.zeros((new.shape[0], self.qa_conv.width - 1, new.shape[2]), new.dtype)
         return remember(memory[site], new, rows["tap_order"], rows["tap_slot"], rows["decode"])
@@ -110,7 +110,8 @@ class Attention(nn.Cell):
         if scores.shape[-1] <= self.topk:
             return causal
         chosen = self.top_k(scores, self.topk)
-        picked = ops.tensor_scatter_elements(ops.zeros_like(scores), chosen, ops.ones_like(chosen, dtype=scores.dtype), -1)
+        ones = ops.ones_like(chosen, dtype=scores.dtype)
+        picked = ops.tensor_scatter_elements(ops.zeros_like(scores), chosen, ones, -1)
         return ops.logical_and(picked > 0, causal)
 
     def _with_sinks(self, visible):
@@ -151,7 +152,7 @@ class Attention(nn.Cell):
     def _softmax(self, score, visible):
         score = ops.cast(score, ms.float32) * self.scale
         score = ops.select(ops.broadcast_to(visible, score.shape), score, ops.full_like(score, MASKED))
-        return ops.cast(ops.softmax(score, -1), self.kv_b_proj.weight.dtype)
+        return ops.cast(self.softmax(score), self.kv_b_proj.weight.dtype)
 
 
 def _by_head(product, x, weight):

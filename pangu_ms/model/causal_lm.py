@@ -70,15 +70,23 @@ class PanguForCausalLM(nn.Cell):
             PanguError: what `PanguConfig.from_pretrained` and `read_parameters` refuse: every missing, unexpected or
                 wrongly shaped tensor is listed by name, before any of them is read.
         """
+        from pangu_ms.checkpoint.load import read_parameters  # here alone: the network itself knows no files
+
         config = dataclasses.replace(PanguConfig.from_pretrained(directory), compute_dtype=dtype)
-        with no_init_parameters():
-            model = cls(config)
-        parameters = {parameter.name: parameter for parameter in model.get_parameters()}
-        tensors = read_parameters(directory, config, dtype)
-        for name, values in tqdm(tensors, "loading", len(parameters), unit=" tensors", disable=not progress):
-            tensor = ms.Tensor.from_numpy(values)                               # shares the memory of `values`
-            parameters[name].set_data(tensor.view(ms.bfloat16) if dtype == "bfloat16" == _numpy_dtype(parameters[name]) else tensor)
+        with read_parameters(directory, config, dtype) as tensors:
+            with no_init_parameters():
+                model = cls(config)
+            parameters = {parameter.name: parameter for parameter in model.get_parameters()}
+            bar = tqdm(tensors, "loading", len(tensors), unit=" tensors", leave=False, disable=not progress)
+            for name, values in bar:
+                tensor = ms.Tensor.from_numpy(values)                           # shares the memory of `values`
+                if values.dtype == np.uint16:                                   # numpy has no bfloat16: its bits
+                    tensor = tensor.view(ms.bfloat16)
+                parameters[name].set_data(ops.cast(tensor, parameters[name].dtype))
         return model
+
+    def __call__(self, ids):
+        return super().__call__(_as_ids(ids))
 
     def construct(self, ids):
         merged, _ = self.model(ids, self.rows(positions(ids), None, False, False), None)
@@ -118,11 +126,11 @@ class PanguForCausalLM(nn.Cell):
         """The pieces of a full forward, for comparing implementations; see `pangu_ms.model.trace`."""
         return collect_trace(self.config, self.function(TraceForward)(_as_ids(ids)))
 
-    def function(self, cell):
-        """The one instance of a compiled function of this model: a cell made of the model, such as `TraceForward`."""
-        if cell not in self._functions:
-            self._functions[cell] = cell(self)
-        return self._functions[cell]
+    def function(self, cell, *arguments):
+        """The one instance of a compiled function of this model: `cell(model, *arguments)`, kept for the next call."""
+        if (cell, arguments) not in self._functions:
+            self._functions[cell, arguments] = cell(self, *arguments)
+        return self._functions[cell, arguments]
 
 
 def _as_ids(ids):

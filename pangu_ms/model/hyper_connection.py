@@ -1,5 +1,6 @@
 """mHC: manifold-constrained hyper-connections, the residual of N streams (section 3)."""
 import mindspore as ms
+import numpy as np
 from mindspore import nn, ops
 
 from pangu_ms.model.linear import Linear, parameter
@@ -8,22 +9,23 @@ from pangu_ms.ops import operator
 GATE_EPS = 1e-6  # on gates and in Sinkhorn: fixed in every public source, no config field
 
 
-def sinkhorn(logits, rounds):
-    """logits [..., N, N] float32 -> nearly doubly stochastic matrices.
+def sinkhorn(a, rounds):
+    """Rows a [..., N, N] float32 that sum to 1 -> nearly doubly stochastic matrices.
 
-    Rows by softmax, then columns; each further round rows, then columns. It ends on columns, so that every new
-    stream is a convex mix of the old ones.
+    The softmax that made them was the first round's step over rows; columns follow, then rows and columns in each
+    further round. It ends on columns, so that every new stream is a convex mix of the old ones.
     """
-    a = ops.softmax(logits, -1) + GATE_EPS
-    a = a / (ops.sum(a, -2, keepdim=True) + GATE_EPS)
+    total = ops.ReduceSum(keep_dims=True)
+    a = a + GATE_EPS
+    a = a / (total(a, -2) + GATE_EPS)
     for _ in range(rounds - 1):
-        a = a / (ops.sum(a, -1, keepdim=True) + GATE_EPS)
-        a = a / (ops.sum(a, -2, keepdim=True) + GATE_EPS)
+        a = a / (total(a, -1) + GATE_EPS)
+        a = a / (total(a, -2) + GATE_EPS)
     return a
 
 
 class HyperConnection(nn.Cell):
-    """One module around one sublayer: `construct` reads the sublayer's input off the streams, `write` puts its output back.
+    """One module around one sublayer: `construct` reads its input off the streams, `write` puts its output back.
 
     Everything is float32 but the streams [B, T, N, H] and what is read from them, which have the model's dtype.
     """
@@ -36,18 +38,18 @@ class HyperConnection(nn.Cell):
         self.norm_gamma = parameter((width,), config, ms.float32, "ones")
         self.branch_alpha = parameter((3,), config, ms.float32)
         self.branch_beta = parameter((n * (n + 2),), config, ms.float32)
+        self.gate_alpha = ms.Tensor(np.repeat([0, 1, 2], [n, n, n * n]).astype(np.int32))  # which alpha scales a gate
         self.eps = config.mhc_norm_eps
-        self.rms_norm = operator("rms_norm")
+        self.rms_norm, self.sigmoid, self.softmax = operator("rms_norm"), operator("sigmoid"), operator("softmax")
 
     def construct(self, streams):
         """streams [B, T, N, H] -> input [B, T, H], post [B, T, N, 1], mix [B, T, N (from), N (to)]."""
         n = self.streams
         m = self.phi(_normed(streams, self.norm_gamma, self.eps, self.rms_norm))           # [B, T, N * (N + 2)]
-        alpha, beta = self.branch_alpha, self.branch_beta
-        pre = ops.sigmoid(m[..., :n] * alpha[0] + beta[:n]) + GATE_EPS
-        post = 2 * ops.sigmoid(m[..., n:2 * n] * alpha[1] + beta[n:2 * n])
-        logits = m[..., 2 * n:] * alpha[2] + beta[2 * n:]
-        mix = sinkhorn(ops.reshape(logits, logits.shape[:2] + (n, n)), self.rounds)
+        m = m * ops.gather(self.branch_alpha, self.gate_alpha, 0) + self.branch_beta
+        gates = self.sigmoid(m[..., :2 * n])
+        pre, post = gates[..., :n] + GATE_EPS, 2 * gates[..., n:]
+        mix = sinkhorn(self.softmax(ops.reshape(m[..., 2 * n:], m.shape[:2] + (n, n))), self.rounds)
         return _weighted_sum(pre, streams), ops.expand_dims(post, -1), mix
 
     def write(self, y, post, mix, streams):
@@ -67,11 +69,11 @@ class StreamMerge(nn.Cell):
         self.branch_alpha_pre = parameter((1,), config, ms.float32)
         self.branch_beta_pre = parameter((n,), config, ms.float32)
         self.eps = config.rms_norm_eps
-        self.rms_norm = operator("rms_norm")
+        self.rms_norm, self.sigmoid = operator("rms_norm"), operator("sigmoid")
 
     def construct(self, streams):
         m = self.phi(_normed(streams, self.norm_gamma, self.eps, self.rms_norm))
-        return _weighted_sum(ops.sigmoid(m * self.branch_alpha_pre + self.branch_beta_pre) + GATE_EPS, streams)
+        return _weighted_sum(self.sigmoid(m * self.branch_alpha_pre + self.branch_beta_pre) + GATE_EPS, streams)
 
 
 def flatten_streams(streams):

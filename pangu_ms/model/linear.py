@@ -5,7 +5,7 @@ from mindspore.common.initializer import Normal, initializer
 
 
 def parameter(shape, config, dtype=None, init=None):
-    """A trainable Parameter of `dtype` (default: the model's compute dtype), by default normal(0, initializer_range)."""
+    """A trainable Parameter, by default of the model's compute dtype and drawn from normal(0, initializer_range)."""
     dtype = getattr(ms, config.compute_dtype) if dtype is None else dtype
     return ms.Parameter(initializer(Normal(config.initializer_range) if init is None else init, shape, dtype))
 

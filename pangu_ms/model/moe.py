@@ -38,12 +38,12 @@ class MoE(nn.Cell):
         self.e_score_correction_bias = parameter((config.n_routed_experts,), config, ms.float32, "zeros")
         self.experts = Experts(config)
         self.shared_experts = FeedForward(config.moe_intermediate_size * config.n_shared_experts, config)
-        self.top_k = operator("top_k")
+        self.sigmoid, self.top_k = operator("sigmoid"), operator("top_k")
 
     def construct(self, x, decode):
         """x [B, T, H] -> y [B, T, H], and the routing: expert ids int32 [B*T, K], weights float32 [B*T, K]."""
         rows = ops.reshape(x, (-1, x.shape[-1]))                                # [B*T, H]
-        score = ops.sigmoid(self.gate(ops.cast(rows, ms.float32)))              # [B*T, E]
+        score = self.sigmoid(self.gate(ops.cast(rows, ms.float32)))              # [B*T, E]
         ids = self.top_k(score + self.e_score_correction_bias, self.choices)    # the bias selects, it does not weigh
         weights = ops.gather_elements(score, 1, ids)
         if self.normalise:

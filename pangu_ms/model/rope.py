@@ -3,15 +3,32 @@ import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
+STRIDE = 1024
+
 
 class RotaryAngles(nn.Cell):
-    """position int32 [B, T] -> cos and sin, float32 [B, T, qk_rope_head_dim / 2]."""
+    """position int32 [B, T] -> cos and sin, float32 [B, T, qk_rope_head_dim / 2], exact to float32 at any position.
+
+    A float32 product of position and frequency is off by 0.03 radians at 500,000 tokens. So a position is split into a
+    multiple of STRIDE and a rest, whose cosines and sines come from two tables made in float64, and are joined by
+    the addition theorem.
+    """
 
     def __init__(self, config):
         super().__init__()
         dim = config.qk_rope_head_dim
-        self.frequency = ms.Tensor((config.rope_theta ** (-np.arange(0, dim, 2) / dim)).astype(np.float32))
+        frequency = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        self.coarse = _table(np.arange(-(-config.max_position_embeddings // STRIDE)) * STRIDE, frequency)
+        self.fine = _table(np.arange(STRIDE), frequency)
 
     def construct(self, position):
-        angle = ops.cast(ops.expand_dims(position, -1), ms.float32) * self.frequency
-        return ops.cos(angle), ops.sin(angle)
+        coarse, fine = ops.gather(self.coarse, position // STRIDE, 0), ops.gather(self.fine, position % STRIDE, 0)
+        half = coarse.shape[-1] // 2
+        (cos_a, sin_a), (cos_b, sin_b) = ops.split(coarse, half, -1), ops.split(fine, half, -1)
+        return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+
+
+def _table(positions, frequency):
+    """float32 [P, D]: cosines, then sines."""
+    angle = positions[:, None] * frequency
+    return ms.Tensor(np.concatenate((np.cos(angle), np.sin(angle)), 1).astype(np.float32))

@@ -27,7 +27,7 @@ class Rows(nn.Cell):
         self.taps = config.router_sliding_window - 1
         self.slack = slack
         self.windows = tuple(sorted({plan.window for plan in plans if plan.window is not None}))
-        self.keys = tuple(f"visible_{window}" for window in self.windows)
+        self.keys = tuple(f"_{window}" for window in self.windows)
 
     def construct(self, position, capacity, decode, sparse):
         """position int32 [B, T]; capacity: rows a growing tensor holds for one sequence, None without a cache."""
@@ -40,22 +40,22 @@ class Rows(nn.Cell):
         if capacity is None:
             rows["causal"] = self._within(ops.expand_dims(row, 1) - row, at, None)
             for window, key in zip(self.windows, self.keys):
-                rows[key] = self._with_sinks(self._within(ops.expand_dims(row, 1) - row, at, window))
+                rows["visible" + key] = self._with_sinks(self._within(ops.expand_dims(row, 1) - row, at, window))
         else:
             rows["causal"] = self._within(at - ops.arange(capacity, dtype=ms.int32), at, None)
             rows["slot"] = growing_slots(position, capacity)
             rows["tap_order"], rows["tap_slot"] = self._ring(position, self.taps + self.slack, decode)
             for window, key in zip(self.windows, self.keys):
                 size = window + self.slack
-                distance = ops.expand_dims(row, 1) + size - ops.arange(length + size, dtype=ms.int32)       # past rows, then new ones
-                rows[key] = self._with_sinks(self._within(distance, at, window))
-                order, slot = self._ring(position, size, decode)
-                rows["order" + key], rows["slot" + key] = order, slot
+                # The keys are the ring's rows in order, then the new ones.
+                distance = ops.expand_dims(row, 1) + size - ops.arange(length + size, dtype=ms.int32)
+                rows["visible" + key] = self._with_sinks(self._within(distance, at, window))
+                rows["order" + key], rows["slot" + key] = self._ring(position, size, decode)
         rows["visible_None"] = self._with_sinks(rows["causal"])
         return rows
 
     def _within(self, distance, at, window):
-        """Distance from query to key, [T, S] or [B, T, S] -> bool [B, T, S]: not ahead, in the sequence, in the window."""
+        """Distance from query to key -> bool [B, T, S]: not ahead, within the sequence, within the window."""
         inside = ops.logical_and(distance >= 0, distance <= at)
         return inside if window is None else ops.logical_and(inside, distance < window)
 

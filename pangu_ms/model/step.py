@@ -2,7 +2,7 @@
 import mindspore as ms
 from mindspore import nn, ops
 
-from pangu_ms.cache import LATENT, layer_shapes
+from pangu_ms.cache import GROWING, LATENT, layer_shapes
 from pangu_ms.model.rows import Rows
 
 
@@ -10,8 +10,9 @@ class Step(nn.Cell):
     """One function for a prefill chunk of any length and for decoding, compiled in up to four forms.
 
     Args of the cell:
-        decode: few new rows (not more than 1 + slack): absorbed attention, experts gathered by token, logits of every
-            row. Otherwise any number: expanded attention, experts in blocks, logits of the last row.
+        batch: sequences at once.
+        decode: one new row: absorbed attention, experts gathered by token. Otherwise any number of rows: expanded
+            attention, experts in blocks, logits of the last row alone.
         sparse: DSA layers select `index_topk` rows. To be used once the context, new rows included, is longer than
             that; before, selecting is the same as taking all.
 
@@ -19,7 +20,7 @@ class Step(nn.Cell):
     memory is `Cache.tensors`, updated in place. -> logits float32 [B, T or 1, vocab_size].
     """
 
-    def __init__(self, causal_lm, decode, sparse, slack=0):
+    def __init__(self, causal_lm, batch, decode, sparse, slack=0):
         super().__init__(auto_prefix=False)  # the parameters keep the names they have in the model
         self.causal_lm = causal_lm
         config = causal_lm.config
@@ -29,17 +30,19 @@ class Step(nn.Cell):
         # A layer whose tensors tell the capacity; when every layer has a window, nothing needs it.
         self.growing = next((i for i, plan in enumerate(self.plans) if plan.window is None), None)
 
+        # What is compiled: the length of a prefill chunk and the capacity of growing tensors stay open.
+        dtype, length = getattr(ms, config.compute_dtype), 1 if decode else None
+        memory = []
+        for plan in self.plans:
+            shapes = layer_shapes(config, plan, 1, slack)
+            memory.append(tuple(ms.Tensor(shape=[None if plan.window is None and i in GROWING else batch * rows, width],
+                                          dtype=dtype) for i, (rows, width) in enumerate(shapes)))
+        self.set_inputs(ms.Tensor(shape=[batch, length], dtype=ms.int32), ms.Tensor(shape=[batch, 1], dtype=ms.int32),
+                        ms.mutable(memory))
+
     def construct(self, ids, start, memory):
         position = start + ops.expand_dims(ops.arange(ids.shape[1], dtype=ms.int32), 0)         # [B, T]
         capacity = 1 if self.growing is None else memory[self.growing][LATENT].shape[0] // ids.shape[0]
         rows = self.rows(position, capacity, self.decode, self.sparse)
         merged, _ = self.causal_lm.model(ids, rows, memory)
         return self.causal_lm.logits(merged if self.decode else merged[:, -1:])
-
-    def set_shapes(self, config, batch, length=None, slack=0):
-        """Fix what is compiled: `length` new rows, or any number when None; the cache's capacity stays open."""
-        dtype = getattr(ms, config.compute_dtype)
-        memory = [tuple(ms.Tensor(shape=[None if plan.window is None and i in (0, 4) else batch * rows, width], dtype=dtype)
-                        for i, (rows, width) in enumerate(layer_shapes(config, plan, 1, slack))) for plan in self.plans]
-        self.set_inputs(ms.Tensor(shape=[batch, length], dtype=ms.int32), ms.Tensor(shape=[batch, 1], dtype=ms.int32),
-                        ms.mutable(memory))

@@ -7,6 +7,8 @@ _FORMS = {
     # operator: (portable form, Ascend form)
     "rms_norm": (portable.rms_norm, ascend.rms_norm),
     "swiglu": (portable.swiglu, ascend.swiglu),
+    "softmax": (portable.softmax, ascend.softmax),
+    "sigmoid": (portable.sigmoid, ascend.sigmoid),
     "rotate": (portable.rotate, portable.rotate),
     "top_k": (portable.top_k, portable.top_k),
     "few_tokens": (experts.few_tokens, experts.few_tokens),

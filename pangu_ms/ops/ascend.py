@@ -10,5 +10,13 @@ def rms_norm(x, weight, eps):
     return ops.rms_norm(x, ops.cast(weight, x.dtype), eps)[0]
 
 
+def softmax(x):
+    return ops.softmax(x, -1)
+
+
+def sigmoid(x):
+    return ops.sigmoid(x)
+
+
 def swiglu(gate, up):
     return ops.swiglu(ops.cat((gate, up), -1), -1)

@@ -31,14 +31,15 @@ def many_tokens(x, ids, weights, gate, up, down, block=64):
     pairs = chosen.shape[0]
     blocks = (pairs + block - 1) // block + count
     # Where each pair goes: its expert's first row plus the number of earlier pairs of that expert.
-    of_expert = ops.cast(ops.expand_dims(chosen, 1) == ops.arange(count, dtype=ms.int32), ms.float32)       # [P, E]
+    of_expert = ops.cast(ops.expand_dims(chosen, 1) == ops.arange(count, dtype=ms.int32), ms.float32)  # [P, E]
     before = ops.cumsum(of_expert, 0) - of_expert
     load = ops.cast(ops.sum(of_expert, 0), ms.int32)                            # [E]
     end = ops.cumsum((load + block - 1) // block, 0)                            # [E], in blocks
     first = (end - (load + block - 1) // block) * block                         # [E], in rows
     rank = ops.cast(ops.sum(before * of_expert, 1), ms.int32)                   # [P]
     row = ops.gather(first, chosen, 0) + rank                                   # [P]
-    expert = ops.minimum(ops.sum(ops.cast(ops.expand_dims(ops.arange(blocks, dtype=ms.int32), 1) >= end, ms.int32), 1), count - 1)
+    ended = ops.cast(ops.expand_dims(ops.arange(blocks, dtype=ms.int32), 1) >= end, ms.int32)  # [blocks, E]
+    expert = ops.minimum(ops.sum(ended, 1), count - 1)
     # Row -> token; rows that no pair fills read the zero token at the end.
     token = ops.arange(pairs, dtype=ms.int32) // k
     source = ops.tensor_scatter_update(ops.full((blocks * block,), n, dtype=ms.int32), ops.expand_dims(row, 1),

@@ -20,6 +20,20 @@ def swiglu(gate, up):
     return ops.cast(wide * ops.sigmoid(wide) * ops.cast(up, ms.float32), gate.dtype)
 
 
+def softmax(x):
+    """Over the last axis. x float32.
+
+    In float64 inside: MindSpore's float32 exp on the CPU is off by up to 5e-6 of its value, which the layers of a
+    model add up to more than all other rounding together.
+    """
+    return ops.cast(ops.softmax(ops.cast(x, ms.float64), -1), ms.float32)
+
+
+def sigmoid(x):
+    """Elementwise, x float32; for gates and scores, in float64 inside for the same reason."""
+    return ops.cast(ops.sigmoid(ops.cast(x, ms.float64)), ms.float32)
+
+
 def rotate(x, cos, sin):
     """Half-split rotary embedding: dimension i is paired with i + D/2. x [..., D], cos and sin [..., D/2], float32."""
     first, second = ops.split(ops.cast(x, ms.float32), x.shape[-1] // 2, -1)

@@ -1,0 +1,53 @@
+"""The full forward against golden files: every piece of every layer, in graph mode."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from compare_golden import compare
+from pangu_ms import PanguForCausalLM
+
+GOLDEN = [("tiny", "T5"), ("tiny", "T24"), ("tiny", "T64"), ("tiny", "T40_B2"),
+          ("tiny_full", "T5"), ("tiny_full", "T24"), ("tiny_full", "T64"),
+          ("odd", "T5"), ("odd", "T24"), ("odd", "T64"), ("odd", "T24_B2"),
+          ("eps", "T5"), ("eps", "T24"), ("eps", "T64")]
+
+
+@pytest.mark.parametrize("name, file", GOLDEN)
+def test_every_piece_agrees(model, golden, name, file):
+    wanted = golden(name, file)
+    rows = compare(model(name).trace(wanted["ids"]), wanted)
+    assert len(rows) > 30
+    off = [row for row in rows if not row.within(2e-5)]
+    assert not off
+
+
+def test_forward_and_mtp_give_what_the_trace_gives(model, golden):
+    tiny, wanted = model("tiny"), golden("tiny", "T5")
+    logits, drafts = tiny(wanted["ids"]), tiny.mtp_logits(wanted["ids"])
+    close(logits.asnumpy(), wanted["logits"])
+    assert len(drafts) == 3
+    for depth, draft in enumerate(drafts, 1):
+        close(draft.asnumpy(), wanted[f"mtp{depth}_logits"])
+
+
+def test_a_depth_without_rows_is_left_out(model, golden):
+    tiny, wanted = model("tiny"), golden("tiny", "T5")
+    drafts = tiny.mtp_logits(wanted["ids"][:, :2])
+    assert [draft.shape for draft in drafts] == [(1, 1, 199)]
+    close(drafts[0].asnumpy(), wanted["mtp1_logits"][:, :1])
+
+
+def test_config_decides_what_the_first_depth_reads(data, golden, tmp_path):
+    """After the final norm it is another function: the golden files hold the default, before it."""
+    fields = json.loads((data / "tiny" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"mtp_hidden": "final"}))
+    shutil.copy(data / "tiny" / "model.safetensors", tmp_path)
+    wanted = golden("tiny", "T5")
+    found = PanguForCausalLM.from_pretrained(tmp_path).mtp_logits(wanted["ids"])[0].asnumpy()
+    assert np.abs(found - wanted["mtp1_logits"]).max() > 0.1
+
+
+def close(found, wanted):
+    assert np.abs(found - wanted).max() <= 2e-5 * np.abs(wanted).max()

@@ -1,0 +1,48 @@
+"""Prefill and decoding with a cache against the full forward, past every window and past index_topk."""
+import numpy as np
+import pytest
+
+from pangu_ms.generation.engine import Engine
+
+LENGTH = 64  # tiny: windows of 7, index_topk 8
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_full", "odd", "eps"])
+@pytest.mark.parametrize("prompt", [1, 2, 3, 5, 24])
+def test_prefill_and_decode(model, golden, name, prompt):
+    wanted = golden(name, "T64")
+    check(Engine(model(name), capacity=4), wanted, prompt, chunk=512)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 16])
+@pytest.mark.parametrize("name", ["tiny", "odd"])
+def test_chunked_prefill(model, golden, name, chunk):
+    """Every chunk's last row is checked, on the way to 61 tokens; three more are decoded."""
+    check(Engine(model(name), capacity=16), golden(name, "T64"), 61, chunk)
+
+
+@pytest.mark.slow
+def test_batch(model, golden):
+    wanted = golden("tiny", "T40_B2")
+    assert wanted["ids"].shape == (2, 40)
+    check(Engine(model("tiny"), batch=2, capacity=8), wanted, 13, chunk=5)
+
+
+def check(engine, wanted, prompt, chunk):
+    """Feed the golden ids, `prompt` of them in chunks and the rest one by one; compare each result's logits."""
+    ids, logits = wanted["ids"], wanted["logits"]
+    largest, length, compared = np.abs(logits).max(), ids.shape[1], 0
+    for start in range(0, prompt, chunk):
+        rows = ids[:, start:min(start + chunk, prompt)]
+        found = engine.prefill(rows)
+        compared += compare(found, logits[:, engine.cache.length - 1], largest)
+    for position in range(prompt, length):
+        compared += compare(engine.decode(ids[:, position:position + 1]), logits[:, position], largest)
+    assert engine.cache.length == length
+    assert compared == -(-prompt // chunk) + length - prompt
+
+
+def compare(found, wanted, largest):
+    assert np.abs(found - wanted).max() <= 2e-5 * largest
+    assert (found.argmax(-1) == wanted.argmax(-1)).all()
+    return 1

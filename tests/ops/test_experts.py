@@ -1,0 +1,38 @@
+"""The two forms of the experts' product, against a loop in numpy, for even and for skewed routing."""
+import mindspore as ms
+import numpy as np
+import pytest
+
+from pangu_ms import ops as operators
+
+HIDDEN, WIDTH, EXPERTS, CHOICES = 12, 7, 6, 3
+
+
+@pytest.mark.parametrize("form, tokens", [("few_tokens", 1), ("few_tokens", 4), ("many_tokens", 1), ("many_tokens", 150)])
+@pytest.mark.parametrize("routing", ["random", "skewed"])
+def test_against_a_loop(form, tokens, routing):
+    rng = np.random.default_rng(tokens)
+    x, gate, up, down = (rng.normal(size=shape).astype(np.float32) for shape in (
+        (tokens, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, WIDTH, HIDDEN), (EXPERTS, HIDDEN, WIDTH)))
+    weights = rng.uniform(size=(tokens, CHOICES)).astype(np.float32)
+    if routing == "random":
+        ids = np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)]).astype(np.int32)
+    else:  # the last experts get every token, the first none
+        ids = np.tile(np.arange(EXPERTS - CHOICES, EXPERTS, dtype=np.int32), (tokens, 1))
+    found = Product(form)(*(ms.Tensor(a) for a in (x, ids, weights, gate, up, down))).asnumpy()
+    wanted = np.zeros_like(x)
+    for n in range(tokens):
+        for k in range(CHOICES):
+            e = ids[n, k]
+            g = gate[e] @ x[n]
+            wanted[n] += weights[n, k] * (down[e] @ (g / (1 + np.exp(-g)) * (up[e] @ x[n])))
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+class Product(ms.nn.Cell):
+    def __init__(self, form):
+        super().__init__()
+        self.form = operators.operator(form)
+
+    def construct(self, x, ids, weights, gate, up, down):
+        return self.form(x, ids, weights, gate, up, down)
