@@ -26,6 +26,7 @@ from pangu_ms.config import CONFIG_FILE
 from pangu_ms.errors import CheckpointError
 
 JOURNAL_FILE = ".pangu_convert.journal"
+FLUSH = 1 << 26  # bytes after which the disk starts to write them, so that little is left for the end of a shard
 WRITERS = 2  # shards in flight: one computes its checksum while the other waits for the disk
 
 
@@ -151,7 +152,7 @@ class Writer:
     def _write_shard(self, shard: Shard) -> None:
         path = os.path.join(self.partial, shard.name)
         crc, overflows = zlib.crc32(shard.header), {}
-        buffer = bytearray(BLOCK)
+        buffer, flushed = bytearray(BLOCK), 0
         try:
             if os.path.lexists(f"{path}.tmp"):
                 os.unlink(f"{path}.tmp")
@@ -172,6 +173,8 @@ class Writer:
                         block = memoryview(buffer)[:values.nbytes]
                         crc = zlib.crc32(block, crc)
                         _write_all(file, block)
+                        if file.tell() - flushed >= FLUSH:
+                            flushed = _start_flush(file, flushed)
                         with self._lock:
                             self._progress(values.nbytes)
                     if lost:
@@ -230,6 +233,16 @@ def _write_all(file, block: bytes | memoryview) -> None:
     """A raw file may take less than it is given."""
     while block:
         block = block[file.write(block):]
+
+
+def _start_flush(file, start: int) -> int:
+    """Have the disk begin with what stands in the file from `start` on, without waiting; returns where that ends.
+
+    The advice not to keep these pages in memory is what makes Linux write them; --verify then reads from the disk.
+    """
+    end = file.tell()
+    os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
+    return end
 
 
 def _parsed(line: bytes) -> dict | None:
