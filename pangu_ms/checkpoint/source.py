@@ -6,14 +6,17 @@ missing, unexpected, wrongly shaped and wrongly typed tensors are named in one e
 
 import os
 import re
+from collections.abc import Iterator
 
+import numpy as np
 from tqdm import tqdm
 
+from pangu_ms.checkpoint.dtypes import CARRIERS
 from pangu_ms.checkpoint.layout import Stored, released, stacked
 from pangu_ms.checkpoint.manifest import rank_directories, read_grid, read_manifest
 from pangu_ms.checkpoint.names import INT8, layer_prefix
 from pangu_ms.checkpoint.shards import Entry, Shards
-from pangu_ms.checkpoint.transfer import Held, Move, same_bytes
+from pangu_ms.checkpoint.transfer import BLOCK, Held, Move, fill, same_bytes, steps
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import CheckpointError
 
@@ -159,3 +162,16 @@ class Source:
                     found.append(Move(held, held.part.at + row - held.part.row, column - held.part.column,
                                       part.at + row - part.row, column - part.column, rows, columns))
         return found
+
+    def blocks(self, stored: Stored, dtype: str, name: str | None = None) -> Iterator[tuple[np.ndarray, int]]:
+        """The tensor `stored` made in `dtype`, in order: (rows [n, columns], finite values that became infinite).
+
+        The next block may overwrite the one before it. `name` as in `moves`.
+        """
+        buffer = np.empty(BLOCK, np.uint8)
+        for first, rows, band in steps(self.moves(stored, name), stored.columns, dtype):
+            nbytes = rows * stored.columns * CARRIERS[dtype].itemsize
+            if nbytes > len(buffer):  # one row may be longer than a block
+                buffer = np.empty(nbytes, np.uint8)
+            values = buffer[:nbytes].view(CARRIERS[dtype]).reshape(rows, stored.columns)
+            yield values, fill(band, first, values, dtype)

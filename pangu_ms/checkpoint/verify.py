@@ -2,13 +2,9 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
-from pangu_ms.checkpoint.dtypes import CARRIERS
 from pangu_ms.checkpoint.plan import Plan
 from pangu_ms.checkpoint.shards import Shards
 from pangu_ms.checkpoint.source import Source
-from pangu_ms.checkpoint.transfer import fill, steps
 from pangu_ms.errors import CheckpointError
 
 
@@ -24,12 +20,12 @@ def verify(source: Source, plan: Plan, directory: str, progress: Callable[[int],
             if (entry.dtype, entry.shape) != (output.dtype, stored.shape):
                 raise CheckpointError(f"{directory}: {name} is {entry.dtype} {list(entry.shape)}, wanted "
                                       f"{output.dtype} {list(stored.shape)}")
-            for first, rows, band in steps(source.moves(stored, output.source), stored.columns, output.dtype):
-                ours = np.empty((rows, stored.columns), CARRIERS[output.dtype])
-                theirs = np.empty_like(ours)
-                fill(band, first, ours, output.dtype)
-                entry.read_into(first * stored.columns * ours.itemsize, memoryview(theirs).cast("B"))
-                if ours.tobytes() != theirs.tobytes():
-                    raise CheckpointError(f"{directory}: rows {first} to {first + rows - 1} of {name} differ from the "
-                                          "source; the disk or the memory is at fault: remove it and convert again")
+            start = 0
+            for ours, _ in source.blocks(stored, output.dtype, output.source):
+                theirs = bytearray(ours.nbytes)
+                entry.read_into(start, memoryview(theirs))
+                if ours.tobytes() != theirs:
+                    raise CheckpointError(f"{directory}: {name} differs from the source near its byte {start}; "
+                                          "the disk or the memory is at fault: remove it and convert again")
+                start += ours.nbytes
                 progress(ours.nbytes)

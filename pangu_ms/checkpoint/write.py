@@ -5,27 +5,23 @@ there says which conversion this is and which shards are done, with their checks
 them. When all is written the directory gets its name.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
-from pangu_ms.checkpoint.dtypes import CARRIERS
+from pangu_ms.checkpoint.journal import JOURNAL_FILE, Journal
 from pangu_ms.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from pangu_ms.checkpoint.plan import Plan, Shard
 from pangu_ms.checkpoint.shards import INDEX_FILE
 from pangu_ms.checkpoint.source import Source
-from pangu_ms.checkpoint.transfer import BLOCK, fill, steps
+from pangu_ms.checkpoint.transfer import BLOCK
 from pangu_ms.config import CONFIG_FILE
 from pangu_ms.errors import CheckpointError
 
-JOURNAL_FILE = ".pangu_convert.journal"
 FLUSH = 1 << 26  # bytes after which the disk starts to write them, so that little is left for the end of a shard
 WRITERS = 2  # shards in flight: one computes its checksum while the other waits for the disk
 
@@ -39,7 +35,7 @@ class Writer:
         self.overflows: dict[str, int] = {}
         self.resumed = 0  # shards found finished
         self._allow_overflow = allow_overflow
-        self._done: dict[str, dict] = {}
+        self._done: dict[str, int] = {}  # shards on the disk, and their checksums
         self._lock, self._stop = threading.Lock(), threading.Event()
 
     def finished(self) -> bool:
@@ -79,67 +75,46 @@ class Writer:
         """
         self._documents, self._progress = documents, progress
         os.makedirs(self.partial, exist_ok=True)
-        with open(os.path.join(self.partial, JOURNAL_FILE), "a+b") as self._journal:
+        self._refuse_links()
+        with Journal(self.partial, {"plan": self.plan.digest, "rank": self.plan.rank}) as self._journal:
             self._resume()
             missing = [shard for shard in self.plan.shards if shard.name not in self._done]
             self._check_space(sum(shard.nbytes for shard in missing))
-            pool = ThreadPoolExecutor(WRITERS)
-            try:
-                for future in [pool.submit(self._write_shard, shard) for shard in missing]:
-                    future.result()
-            except OSError as error:
-                raise CheckpointError(f"{self.partial}: writing failed: {error.strerror}; the finished shards are "
-                                      "kept: mend that and run the same command again") from None
-            finally:
-                self._stop.set()
-                pool.shutdown(cancel_futures=True)
+            self._write_shards(missing)
             self._write_documents()
             check(self.partial)
-            _sync_directory(self.partial)
+            _sync(self.partial)
             os.rename(self.partial, self.target)
-            _sync_directory(os.path.dirname(self.target))
+            _sync(os.path.dirname(self.target))
         self._forget_journal()
 
-    def _resume(self) -> None:
-        """Take the journal for ourselves, and from it the shards that are really there."""
-        journal = self._journal
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"{self.partial}: another pangu-convert is writing it; wait for it") from None
-        journal.seek(0)
-        lines = [_parsed(line) for line in journal.read().splitlines(keepends=True)]
-        own = {"plan": self.plan.digest, "rank": self.plan.rank}
-        if not any(lines):  # new, or killed before the first line was whole
-            self._refuse_strangers({JOURNAL_FILE})
-            journal.truncate(0)
-            self._record(own)
-            return
-        if lines[0] != own:
-            raise CheckpointError(f"{self.partial}: is the beginning of another conversion (other input or options); "
-                                  "run that command again to finish it, or remove the directory")
-        if lines[-1] is None:  # a line cut by a kill must not swallow the next one
-            journal.write(b"\n")
-        shards = {shard.name: shard for shard in self.plan.shards}
-        self._refuse_strangers({JOURNAL_FILE, CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, *self._documents,
-                                *shards, *(f"{name}.tmp" for name in shards)})
-        for line in lines[1:]:
-            shard = shards.get((line or {}).get("shard"))
-            if shard and shard.name not in self._done:
-                path = os.path.join(self.partial, shard.name)
-                if os.path.isfile(path) and os.path.getsize(path) == shard.nbytes and _checksum(path) == line["crc32"]:
-                    for name, count in line["overflows"].items():
-                        self._check_overflow(name, count)
-                    self._done[shard.name] = line
-                    self.overflows |= line["overflows"]
-                    self.resumed += 1
-                    self._progress(shard.nbytes)
+    def _refuse_links(self) -> None:
+        """Nothing we write to may lead out of the directory."""
+        for path in (self.partial, *(entry.path for entry in os.scandir(self.partial))):
+            if os.path.islink(path):
+                raise CheckpointError(f"{path}: is a symbolic link, which no conversion leaves there; remove it")
 
-    def _refuse_strangers(self, own: set[str]) -> None:
+    def _resume(self) -> None:
+        """Find the shards that an earlier run has finished, and check that they are as it left them."""
+        shards = {} if self._journal.fresh else {shard.name: shard for shard in self.plan.shards}
+        own = {JOURNAL_FILE} if self._journal.fresh else {
+            JOURNAL_FILE, CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, *self._documents, *shards,
+            *(f"{name}.tmp" for name in shards)}
         strangers = sorted(set(os.listdir(self.partial)) - own)
         if strangers:
             raise CheckpointError(f"{self.partial}: holds {strangers[0]!r}, which this conversion did not write; "
                                   "move it away")
+        for line in self._journal.lines:
+            shard = shards.get(line.get("shard"))
+            path = os.path.join(self.partial, shard.name) if shard else ""
+            if not os.path.isfile(path) or os.path.getsize(path) != shard.nbytes or _checksum(path) != line["crc32"]:
+                continue
+            for name, count in line["overflows"].items():
+                self._check_overflow(name, count)
+            self._done[shard.name] = line["crc32"]
+            self.overflows |= line["overflows"]
+            self._progress(shard.nbytes)
+        self.resumed = len(self._done)
 
     def _check_space(self, nbytes: int) -> None:
         unfinished = [os.path.join(self.partial, f"{shard.name}.tmp") for shard in self.plan.shards]
@@ -149,46 +124,54 @@ class Writer:
             raise CheckpointError(f"{self.partial}: {nbytes:,} bytes are still to be written, the disk has {free:,} "
                                   "free; make room or choose another disk")
 
+    def _write_shards(self, shards: list[Shard]) -> None:
+        pool = ThreadPoolExecutor(WRITERS)
+        try:
+            for future in [pool.submit(self._write_shard, shard) for shard in shards]:
+                future.result()
+        except OSError as error:
+            raise CheckpointError(f"{self.partial}: writing failed: {error.strerror}; the finished shards are kept: "
+                                  "mend that and run the same command again") from None
+        finally:
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+
     def _write_shard(self, shard: Shard) -> None:
         path = os.path.join(self.partial, shard.name)
-        crc, overflows = zlib.crc32(shard.header), {}
-        buffer, flushed = bytearray(BLOCK), 0
+        overflows: dict[str, int] = {}
         try:
-            if os.path.lexists(f"{path}.tmp"):
-                os.unlink(f"{path}.tmp")
-            with open(f"{path}.tmp", "xb", buffering=0) as file:  # a new file, whatever a link there might point to
-                _write_all(file, shard.header)
-                for output in shard.outputs:
-                    stored, carrier = output.stored, CARRIERS[output.dtype]
-                    lost = 0
-                    moves = self.source.moves(stored, output.source)
-                    for first, rows, band in steps(moves, stored.columns, output.dtype):
-                        if self._stop.is_set():
-                            return
-                        count = rows * stored.columns
-                        if count * carrier.itemsize > len(buffer):  # one row may be longer than a block
-                            buffer = bytearray(count * carrier.itemsize)
-                        values = np.frombuffer(buffer, carrier, count).reshape(rows, stored.columns)
-                        lost += fill(band, first, values, output.dtype)
-                        block = memoryview(buffer)[:values.nbytes]
-                        crc = zlib.crc32(block, crc)
-                        _write_all(file, block)
-                        if file.tell() - flushed >= FLUSH:
-                            flushed = _start_flush(file, flushed)
-                        with self._lock:
-                            self._progress(values.nbytes)
-                    if lost:
-                        overflows[stored.name] = lost
-                        self._check_overflow(stored.name, lost)
+            with open(f"{path}.tmp", "wb", buffering=0) as file:
+                crc, flushed = 0, 0
+                for block in self._blocks(shard, overflows):
+                    if self._stop.is_set():
+                        return
+                    crc = zlib.crc32(block, crc)
+                    _write_all(file, block)
+                    if file.tell() - flushed >= FLUSH:
+                        flushed = _start_flush(file, flushed)
+                    with self._lock:
+                        self._progress(len(block))
                 os.fsync(file.fileno())
             os.rename(f"{path}.tmp", path)
         except BaseException:
             self._stop.set()  # the other shards are not worth finishing when this one has failed
             raise
         with self._lock:
-            self._done[shard.name] = line = {"shard": shard.name, "crc32": crc, "overflows": overflows}
+            self._done[shard.name] = crc
             self.overflows |= overflows
-            self._record(line)
+            self._journal.record({"shard": shard.name, "crc32": crc, "overflows": overflows})
+
+    def _blocks(self, shard: Shard, overflows: dict[str, int]) -> Iterator[memoryview]:
+        """The bytes of a shard in order; counts into `overflows` by tensor."""
+        yield memoryview(shard.header)
+        for output in shard.outputs:
+            lost = 0
+            for values, count in self.source.blocks(output.stored, output.dtype, output.source):
+                yield memoryview(values).cast("B")
+                lost += count
+            if lost:
+                overflows[output.stored.name] = lost
+                self._check_overflow(output.stored.name, lost)
 
     def _check_overflow(self, name: str, count: int) -> None:
         if not self._allow_overflow:
@@ -207,20 +190,15 @@ class Writer:
             "format": "pangu_ms", "plan": self.plan.digest, "grid": grid | {"rank": self.plan.rank},
             "source": os.path.basename(os.path.abspath(self.source.directory)),
             "tensors": len(weight_map), "overflows": self.overflows,
-            "files": {s.name: {"bytes": s.nbytes, "crc32": self._done[s.name]["crc32"]} for s in self.plan.shards},
+            "files": {s.name: {"bytes": s.nbytes, "crc32": self._done[s.name]} for s in self.plan.shards},
         })
+        for name in (*self._documents, CONFIG_FILE, INDEX_FILE, MANIFEST_FILE):
+            _sync(os.path.join(self.partial, name))
 
     def _write_json(self, name: str, fields: dict) -> None:
         with open(os.path.join(self.partial, name), "w", encoding="utf-8") as file:
             json.dump(fields, file, indent=1)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _record(self, line: dict) -> None:
-        self._journal.write(json.dumps(line).encode() + b"\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
 
     def _forget_journal(self) -> None:
         try:
@@ -245,15 +223,6 @@ def _start_flush(file, start: int) -> int:
     return end
 
 
-def _parsed(line: bytes) -> dict | None:
-    """A line of the journal, None when a kill cut it."""
-    try:
-        fields = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return fields if isinstance(fields, dict) else None
-
-
 def _checksum(path: str) -> int:
     crc = 0
     with open(path, "rb", buffering=0) as file:
@@ -262,7 +231,8 @@ def _checksum(path: str) -> int:
     return crc
 
 
-def _sync_directory(path: str) -> None:
+def _sync(path: str) -> None:
+    """Have a file, or the names in a directory, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

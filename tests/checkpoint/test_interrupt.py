@@ -118,3 +118,20 @@ def test_disk_full(release, tmp_path):
     assert main(["hf2ms", str(release), str(tmp_path / "ms"), *options]) == 0
     assert main(["hf2ms", str(release), str(tmp_path / "whole"), *options]) == 0
     assert contents(tmp_path / "ms") == contents(tmp_path / "whole")
+
+
+def test_a_planted_link_is_not_written_through(release, tmp_path, capsys):
+    options = ["--shard-size", "100KB"]
+    steps = run_killed(0, "hf2ms", release, tmp_path / "whole", *options).stdout.split("steps ")[1].split()
+    run_killed(steps.index("rename") + 5, "hf2ms", release, tmp_path / "ms", *options)
+    unfinished, = (tmp_path / "ms.partial").glob("*.tmp")
+    unfinished.unlink()
+    (tmp_path / "thesis.txt").write_text("years of work")
+    unfinished.symlink_to(tmp_path / "thesis.txt")
+    assert main(["hf2ms", str(release), str(tmp_path / "ms"), *options]) == 2
+    assert "is a symbolic link, which no conversion leaves there" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "new.partial").symlink_to(tmp_path / "elsewhere")
+    assert main(["hf2ms", str(release), str(tmp_path / "new"), *options]) == 2
+    assert not list((tmp_path / "elsewhere").iterdir())

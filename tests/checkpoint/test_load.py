@@ -115,6 +115,14 @@ def test_a_copy_that_differs_in_one_bit(data, tmp_path, copy):
     assert f"{copy} differs from" in refusal(generate.write(tmp_path, config, found), config)
 
 
+def test_a_copy_in_another_format(data, tmp_path):
+    config = generate.config(data)
+    found = generate.tensors(config)
+    copy = "model.layers.5.embed_tokens.weight"
+    found[copy] = found[copy].view(np.float16)  # the same bytes, other numbers
+    assert f"{copy} differs from" in refusal(generate.write(tmp_path, config, found), config)
+
+
 def test_the_two_releases_are_never_mixed(data, tmp_path):
     config = generate.config(data)
     found, other = generate.tensors(config, int8=True), generate.tensors(config)
