@@ -29,6 +29,15 @@ def test_unknown_fields_and_changes_are_written(fields):
     assert PanguConfig.from_dict(config.to_dict()) == config
 
 
+def test_a_config_made_from_keywords_comes_back_too(tmp_path):
+    config = PanguConfig.flash_92b(eos_token_id=[148900, 148902], compute_dtype="bfloat16")
+    config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert PanguConfig.from_pretrained(tmp_path) == config
+    assert fields["compute_dtype"] == "bfloat16" and fields["eos_token_id"] == [148900, 148902]
+    assert not {"mtp_hidden", "mhc_norm_eps", "rope_scaling", "extra", "implied"} & fields.keys()
+
+
 def test_layers_of_a_model_with_every_kind(data):
     layers = PanguConfig.from_pretrained(data / "tiny_full").layers
     assert [(p.index, p.kind, p.window) for p in layers] == [

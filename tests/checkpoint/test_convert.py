@@ -8,7 +8,6 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from pangu_ms.checkpoint import transfer
 from pangu_ms.checkpoint.convert import main
 from pangu_ms.checkpoint.load import read_parameters
 from pangu_ms.checkpoint.names import parameters
@@ -49,7 +48,9 @@ def test_golden_checkpoints_come_back_bit_by_bit(data, tmp_path, name):
 
 
 def test_bfloat16_in_shards_comes_back_bit_by_bit(sliceable, tmp_path, monkeypatch):
-    monkeypatch.setattr(transfer, "BLOCK", 1000)  # blocks that end within a tensor
+    monkeypatch.setattr("pangu_ms.checkpoint.transfer.BLOCK", 1000)  # blocks that end within a tensor,
+    monkeypatch.setattr("pangu_ms.checkpoint.source.BLOCK", 16)      # rows that are longer than a block,
+    monkeypatch.setattr("pangu_ms.checkpoint.write.FLUSH", 10_000)   # a disk that is told to begin again and again
     ours = convert("hf2ms", sliceable, tmp_path / "ms", "--shard-size", "100KB")
     assert len(list((tmp_path / "ms").glob("*.safetensors"))) > 3
     assert convert("ms2hf", tmp_path / "ms", tmp_path / "hf", "--shard-size", "70KB") == generate.read(sliceable)
