@@ -8,9 +8,11 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from pangu_ms.checkpoint.convert import main
+from pangu_ms.checkpoint.convert import main, open_source
+from pangu_ms.checkpoint.dtypes import CARRIERS
 from pangu_ms.checkpoint.load import read_parameters
 from pangu_ms.checkpoint.names import parameters
+from pangu_ms.checkpoint.plan import Options, plan_conversion
 from pangu_ms.config import PanguConfig
 from tests.checkpoint import generate
 
@@ -58,6 +60,18 @@ def test_bfloat16_in_shards_comes_back_bit_by_bit(sliceable, tmp_path, monkeypat
     assert {dtype for dtype, _, _ in ours.values()} == {"BF16", "F32"}  # F32: the correction biases
 
 
+def test_every_tensor_lies_at_a_multiple_of_its_item_size(sliceable):
+    """Sixteen-bit tensors of odd length would push the 32-bit ones behind them off their places."""
+    with open_source(str(sliceable)) as source:
+        for size in range(2_000, 20_000, 500):
+            plan, = plan_conversion(source, Options(to="stacked", shard_size=size))
+            for shard in plan.shards:
+                offset = len(shard.header)
+                for output in shard.outputs:
+                    assert offset % CARRIERS[output.dtype].itemsize == 0
+                    offset += output.nbytes
+
+
 def test_our_format_is_what_plain_numpy_makes(sliceable, tmp_path):
     found = generate.read(sliceable)
     for name, (dtype, shape, raw) in convert("hf2ms", sliceable, tmp_path / "ms").items():
@@ -87,6 +101,7 @@ def test_a_slice_holds_its_own_part(sliceable, tmp_path):
     whole = convert("hf2ms", sliceable, tmp_path / "ms")
     convert("hf2ms", sliceable, tmp_path / "ranks", "--tensor-parallel", 2, "--expert-parallel", 2)
     rank = generate.read(tmp_path / "ranks" / "rank_3")  # second of two in both dimensions
+    neighbour = generate.read(tmp_path / "ranks" / "rank_1")  # the tensor ranks of one expert rank follow each other
 
     def values(found, name):
         dtype, shape, raw = found[name]
@@ -101,6 +116,8 @@ def test_a_slice_holds_its_own_part(sliceable, tmp_path):
         "mlp.gate.weight": np.s_[:],
     }.items():
         assert np.array_equal(values(rank, layer + name), values(whole, layer + name)[index]), name
+    experts = layer + "mlp.experts.gate_proj.weight"
+    assert np.array_equal(values(neighbour, experts), values(whole, experts)[:4, 10:])
     assert np.array_equal(values(rank, "lm_head.weight"), values(whole, "lm_head.weight")[100:])
     assert np.array_equal(values(rank, "model.embed_tokens.weight"), values(whole, "model.embed_tokens.weight")[100:])
 
@@ -125,6 +142,21 @@ def test_ranks_of_two_conversions_do_not_join(sliceable, tmp_path, capsys):
     shutil.copytree(tmp_path / "b" / "rank_1", tmp_path / "a" / "rank_1")
     assert "comes from another conversion than" in refused(capsys, "ms2hf", tmp_path / "a", tmp_path / "hf")
     assert "is rank 1 of a sliced checkpoint" in refused(capsys, "ms2hf", tmp_path / "a" / "rank_1", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("change", [
+    {"grid": None}, {"grid": {"tensor_parallel": 1}}, {"plan": 3}, {"files": []}, {"files": {"x": {"bytes": "1"}}},
+    {"grid": {"tensor_parallel": 2**30, "expert_parallel": 2**30, "rank": 0}},
+    {"grid": {"tensor_parallel": 0, "expert_parallel": 0, "rank": 0}},
+    {"grid": {"tensor_parallel": 1, "expert_parallel": 2, "rank": 1}},
+])
+def test_damaged_manifests_are_refused(sliceable, tmp_path, capsys, change):
+    convert("hf2ms", sliceable, tmp_path / "ranks", "--expert-parallel", 2)
+    path = tmp_path / "ranks" / "rank_0" / "pangu_manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert "rank" in refused(capsys, "ms2hf", tmp_path / "ranks", tmp_path / "hf")
+    path.unlink()
+    assert "it is not a finished rank" in refused(capsys, "ms2hf", tmp_path / "ranks", tmp_path / "hf")
 
 
 def test_what_ranks_repeat_must_be_equal(sliceable, tmp_path, capsys):

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from pangu_ms.checkpoint.convert import main
+from pangu_ms.checkpoint.journal import JOURNAL_FILE, Journal
 from tests.checkpoint import generate
 
 # Runs pangu-convert and kills it at the n-th write, flush, rename or removal; a write is cut in half. Prints how many
@@ -58,13 +59,28 @@ def test_killed_at_any_moment(release, tmp_path, seed):
     steps = re.search("^steps (.*)$", whole.stdout, re.MULTILINE)[1].split()
     expected = contents(tmp_path / "whole")
     moments = {1, 2, len(steps), *(i + d for i, kind in enumerate(steps, 1) if kind == "rename" for d in (0, 1))}
-    for at in random.Random(seed).sample(sorted(moments), 5) + random.Random(seed).sample(range(1, len(steps)), 5):
+    chosen = random.Random(seed).sample(sorted(moments), 5) + random.Random(seed).sample(range(1, len(steps)), 4)
+    for at in {*chosen, len(steps)}:  # the last one is when the directory has its name but keeps the journal
         target = tmp_path / f"killed_{at}"
         assert run_killed(at, "hf2ms", release, target, *options).returncode == -signal.SIGKILL
         if target.exists():  # killed after the last rename
             assert {name: raw for name, raw in contents(target).items() if not name.endswith("journal")} == expected
         assert main(["hf2ms", str(release), str(target), *options]) == 0
         assert contents(target) == expected and not os.path.exists(f"{target}.partial")
+
+
+def test_a_journal_goes_on_after_a_line_that_was_cut(tmp_path):
+    for half in (b'{"sha', b'{"shard": 1}'):  # without its end of line even a whole one is not trusted
+        with Journal(tmp_path, {"plan": "a"}) as journal:
+            journal.record({"n": 1})
+        with open(tmp_path / JOURNAL_FILE, "ab") as file:
+            file.write(half)
+        with Journal(tmp_path, {"plan": "a"}) as journal:
+            assert journal.lines == [{"n": 1}] and not journal.fresh
+            journal.record({"n": 2})
+        with Journal(tmp_path, {"plan": "a"}) as journal:
+            assert journal.lines[0] == {"n": 1} and journal.lines[-1] == {"n": 2}
+        os.unlink(tmp_path / JOURNAL_FILE)
 
 
 def test_goes_on_from_finished_shards_after_checking_them(release, tmp_path, capsys):
@@ -97,10 +113,8 @@ def test_another_command_does_not_go_on(release, tmp_path, capsys):
 
 
 def test_two_at_once(release, tmp_path, capsys):
-    import fcntl
     os.mkdir(tmp_path / "ms.partial")
-    with open(tmp_path / "ms.partial" / ".pangu_convert.journal", "ab") as journal:
-        fcntl.flock(journal, fcntl.LOCK_EX)
+    with Journal(tmp_path / "ms.partial", {"plan": "of the other process"}):
         assert main(["hf2ms", str(release), str(tmp_path / "ms")]) == 2
     assert "another pangu-convert is writing it" in capsys.readouterr().err
 
