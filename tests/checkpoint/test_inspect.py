@@ -85,6 +85,17 @@ def test_differences_are_found(release, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["compared"] == 224
 
 
+def test_what_is_no_number_on_both_sides_is_equal(release, tmp_path):
+    config = PanguConfig.from_pretrained(release)
+    sides = []
+    for name, value in (("left", 0x3F80), ("right", 0x4000)):  # 1 and 2 in bfloat16, behind what is no number
+        found = generate.tensors(config)
+        found["model.norm.weight"][:3] = [0x7FC0, 0x7F80, value]
+        sides.append(generate.write(tmp_path / name, config, found))
+    assert diff(*sides)["differences"] == [
+        {"name": "model.norm.weight", "dtypes": ["bfloat16", "bfloat16"], "largest_difference": 1.0}]
+
+
 def test_formats_shapes_and_missing_parameters_are_told(data, release, tmp_path, capsys):
     assert convert(["hf2ms", str(release), str(tmp_path / "wide"), "--dtype", "float32", "--mtp", "drop"]) == 0
     found = {d["name"]: d for d in diff(release, tmp_path / "wide")["differences"]}
