@@ -1,0 +1,41 @@
+"""Stop strings in text that comes in pieces."""
+from pangu_ms.errors import PanguError
+
+
+class StopStrings:
+    """Passes text on up to the first stop string, holding back what could be the beginning of one.
+
+    The first is the one that is complete first, as if the text came character by character: how it is cut into pieces
+    makes no difference. Of two that end together the longer counts.
+
+    Raises:
+        PanguError: a stop string is empty.
+    """
+
+    def __init__(self, strings):
+        self._strings = tuple(strings)
+        if "" in self._strings:
+            raise PanguError("a stop string is empty: give at least one character")
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that may be shown now. Once `stopped` is true, nothing more may follow."""
+        text = self._held + text
+        ends = [(text.index(string) + len(string), text.index(string)) for string in self._strings if string in text]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[:min(ends)[1]]
+        shown = len(text) - beginning_at_end(text, self._strings)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def flush(self) -> str:
+        """What was held back to the end and turned out to be no stop string."""
+        return self._held
+
+
+def beginning_at_end(text: str, strings) -> int:
+    """How many characters at the end of text are the beginning, not the whole, of one of the strings: the most."""
+    return max((size for string in strings for size in range(1, min(len(string), len(text) + 1))
+                if text.endswith(string[:size])), default=0)
