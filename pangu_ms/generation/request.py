@@ -6,17 +6,18 @@ from pathlib import Path
 from pangu_ms.errors import PanguError
 
 
-def check_request(config, ids, max_new_tokens):
+def check_request(config, ids, max_new_tokens, num_draft_tokens=0):
     """Refuses a prompt that the model cannot continue.
 
     Args:
-        config (PanguConfig): gives vocab_size and max_position_embeddings.
+        config (PanguConfig): gives vocab_size, max_position_embeddings and num_nextn_predict_layers.
         ids (list[int]): the prompt, one sequence.
         max_new_tokens (int): how many tokens may follow it.
+        num_draft_tokens (int): drafts a step; 0 is plain decoding.
 
     Raises:
         PanguError: an empty prompt, an id that is no integer or lies outside the vocabulary, max_new_tokens below 1,
-            or more positions than the model has.
+            more positions than the model has, num_draft_tokens below 0, or drafts without MTP layers to make them.
     """
     if len(ids) == 0:
         raise PanguError("the prompt is empty: give at least one token")
@@ -33,6 +34,11 @@ def check_request(config, ids, max_new_tokens):
         raise PanguError(f"{len(ids)} prompt tokens and max_new_tokens {max_new_tokens} pass max_position_embeddings "
                          f"{config.max_position_embeddings}: " +
                          (f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"))
+    if not isinstance(num_draft_tokens, Integral) or num_draft_tokens < 0:
+        raise PanguError(f"num_draft_tokens is {num_draft_tokens!r}: wanted an integer of at least 0")
+    if num_draft_tokens and not config.num_nextn_predict_layers:
+        raise PanguError(f"num_draft_tokens is {num_draft_tokens}, and the checkpoint has no MTP layers to make drafts "
+                         "(num_nextn_predict_layers 0): ask for 0")
 
 
 def find_eos_token_ids(config, directory) -> tuple[int, ...]:

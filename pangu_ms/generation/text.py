@@ -4,6 +4,7 @@ from typing import Callable
 
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import PanguError
+from pangu_ms.generation.stopping import StopStrings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference; the released models ship the first
 
@@ -14,12 +15,14 @@ class TextTokenizer:
     Args:
         encode: text -> ids, without a beginning token added.
         decode: ids -> text, special tokens left out.
+        vocab_size: ids the tokenizer knows; the vocabulary of the model may be padded past them.
         bos_token_id: begins every encoded text; None where the model has none.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str],
+    def __init__(self, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str], vocab_size: int,
                  bos_token_id: int | None):
         self._encode = encode
+        self.vocab_size = vocab_size
         self._bos_token_id = bos_token_id
         self.decode = decode
 
@@ -69,6 +72,27 @@ class StreamDecoder:
         return self._decode(self._shown_ids + self._new_ids)[len(self._decode(self._shown_ids)):]
 
 
+def stream_text(pieces, tokenizer: TextTokenizer, stop_strings=()):
+    """The text of pieces as they come, ending at a stop string, which is left out.
+
+    Yields:
+        (piece, text): what may be shown once this piece is there; "" while it is held back. Text that no piece is left
+        to bring comes at the end, with None for the piece.
+
+    Raises:
+        PanguError: a stop string is empty; at the first piece.
+    """
+    decoder, stop = StreamDecoder(tokenizer), StopStrings(stop_strings)
+    for piece in pieces:
+        yield piece, stop.push(decoder.push(piece.token_id))
+        if stop.stopped:
+            return
+    rest = stop.push(decoder.flush())
+    rest += stop.flush()
+    if rest:
+        yield None, rest
+
+
 def tokenizer_file(directory) -> Path | None:
     """The tokenizer file of a checkpoint directory, None when it has none."""
     paths = (Path(directory) / name for name in TOKENIZER_FILES)
@@ -88,10 +112,10 @@ def load_tokenizer(directory) -> TextTokenizer:
     bos_token_id = PanguConfig.from_pretrained(directory).bos_token_id
     load = _load_json if path.suffix == ".json" else _load_sentencepiece
     try:
-        encode, decode = load(path, bos_token_id)
+        encode, decode, vocab_size = load(path, bos_token_id)
     except Exception as error:  # both libraries raise bare Exception or RuntimeError for a damaged file
         raise PanguError(f"{path}: cannot be read as a tokenizer ({error}): fetch the file again") from None
-    return TextTokenizer(encode, decode, bos_token_id)
+    return TextTokenizer(encode, decode, vocab_size, bos_token_id)
 
 
 def _load_json(path, bos_token_id):
@@ -100,7 +124,8 @@ def _load_json(path, bos_token_id):
     tokenizer.no_truncation()  # the file may ask for either: a prompt is taken whole and alone
     tokenizer.no_padding()
     # Without the file's post-processor: whether it adds a beginning token differs from file to file.
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.decode
+    return (lambda text: tokenizer.encode(text, add_special_tokens=False).ids, tokenizer.decode,
+            1 + max(tokenizer.get_vocab().values()))
 
 
 def _load_sentencepiece(path, bos_token_id):
@@ -111,4 +136,4 @@ def _load_sentencepiece(path, bos_token_id):
     written_bos = processor.id_to_piece(bos_token_id) if bos_token_id is not None and bos_token_id < size else ""
     # A model's vocabulary may be padded past the tokenizer's; sentencepiece refuses ids it does not know.
     return (lambda text: processor.encode(text.removeprefix(written_bos)),
-            lambda ids: processor.decode([i for i in ids if i < size]))
+            lambda ids: processor.decode([i for i in ids if i < size]), size)

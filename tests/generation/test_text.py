@@ -2,13 +2,14 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import tokenizers
 
 from pangu_ms.errors import PanguError
-from pangu_ms.generation.text import StreamDecoder, load_tokenizer, tokenizer_file
+from pangu_ms.generation.text import StreamDecoder, load_tokenizer, stream_text, tokenizer_file
 
 BOS, EOS = "<|start|>", "<|end|>"
 TEXTS = ["Hello world", "  two  spaces, a\nnewline\t", "naïve 日本語 한국어", "👩‍👩‍👧 and 🎉🎉", "12 345", "�", "", " "]
@@ -126,6 +127,35 @@ def test_ids_past_the_tokenizer_decode_to_nothing(directory, sentencepiece_direc
 
 def test_special_tokens_are_left_out(directory):
     assert load_tokenizer(directory).decode([0, *load_tokenizer(directory).encode("Hi"), 1]) == "Hi"
+
+
+def test_vocab_size(directory, sentencepiece_directory):
+    assert load_tokenizer(directory).vocab_size == 283
+    assert load_tokenizer(sentencepiece_directory).vocab_size == 310
+
+
+def test_stream_text_ends_at_a_stop_string(directory):
+    tokenizer = load_tokenizer(directory)
+    pieces = [SimpleNamespace(token_id=i) for i in tokenizer.encode("Hello é wide world")]
+    asked = []
+    shown = list(stream_text((asked.append(piece) or piece for piece in pieces), tokenizer, ["wid"]))
+    assert "".join(text for _, text in shown) == "Hello é "
+    assert [piece for piece, _ in shown] == asked and len(asked) < len(pieces), "nothing is asked for behind the stop"
+
+
+@pytest.mark.parametrize("text, stop_strings, rest", [("one wi", ["wid"], [(None, "wi")]), ("one", ["wid"], []),
+                                                      ("one", [], [])])
+def test_stream_text_gives_what_was_held_back(directory, text, stop_strings, rest):
+    tokenizer = load_tokenizer(directory)
+    pieces = [SimpleNamespace(token_id=i) for i in tokenizer.encode(text)]
+    shown = list(stream_text(pieces, tokenizer, stop_strings))
+    assert "".join(part for _, part in shown) == text and shown[len(pieces):] == rest
+
+
+def test_stream_text_holds_back_both_halves_of_a_character_and_of_a_stop_string(directory):
+    tokenizer = load_tokenizer(directory)
+    pieces = [SimpleNamespace(token_id=i) for i in tokenizer.encode("a日")[:-1]]
+    assert list(stream_text(pieces, tokenizer, ["\ufffd!"]))[-1] == (None, "\ufffd")
 
 
 def test_no_tokenizer_is_a_clear_error(data):
