@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from pangu_ms.checkpoint.dtypes import CODES
 from pangu_ms.checkpoint.layout import Grid
-from pangu_ms.checkpoint.manifest import MANIFEST_FILE, rank_directories, read_manifest
+from pangu_ms.checkpoint.manifest import LARGEST_GRID, MANIFEST_FILE, rank_directories, read_manifest
 from pangu_ms.checkpoint.plan import Options, Plan, plan_conversion
 from pangu_ms.checkpoint.shards import INDEX_FILE, contained
 from pangu_ms.checkpoint.source import Source
 from pangu_ms.checkpoint.summary import describe
 from pangu_ms.checkpoint.verify import verify
-from pangu_ms.checkpoint.write import Writer
+from pangu_ms.checkpoint.write import Writer, check_space
 from pangu_ms.config import CONFIG_FILE, PanguConfig
 from pangu_ms.errors import CheckpointError, PanguError
 
@@ -116,6 +116,7 @@ def run(arguments: argparse.Namespace) -> None:
         writers = [Writer(source, plan, target, arguments.allow_overflow) for plan, target in zip(plans, targets)]
         pending = [writer for writer in writers if not writer.finished()]
         if pending:
+            check_space(pending)
             source.check_repeats()
         for writer in pending:
             with tqdm(total=writer.plan.nbytes, unit="B", unit_scale=True, desc=arguments.command, disable=None) as bar:
@@ -190,7 +191,7 @@ def _report(writers: list[Writer], pending: list[Writer], seconds: float, output
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.upper())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([KMG]I?B)?", text.upper())
     size = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: wanted a size such as 4GB, 500MB or 2GiB")
@@ -205,8 +206,8 @@ def _layers(text: str) -> tuple[int, int]:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) < 2**16:
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a number of ranks, 1 or more")
+    if not text.isdigit() or not 0 < int(text) <= LARGEST_GRID:
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted a number of ranks, 1 to {LARGEST_GRID}")
     return int(text)
 
 

@@ -8,6 +8,7 @@ from pangu_ms.checkpoint.shards import parse_json
 from pangu_ms.errors import CheckpointError
 
 MANIFEST_FILE = "pangu_manifest.json"
+LARGEST_GRID = 1024  # ranks in one parallel dimension
 
 
 def read_manifest(directory: str) -> dict | None:
@@ -23,7 +24,7 @@ def read_manifest(directory: str) -> dict | None:
     grid, files = manifest.get("grid"), manifest.get("files")
     sound = isinstance(grid, dict) and isinstance(files, dict) and isinstance(manifest.get("plan"), str) \
         and grid.keys() == {"tensor_parallel", "expert_parallel", "rank"} \
-        and all(type(n) is int and 0 <= n <= 1024 for n in grid.values()) \
+        and all(type(n) is int and 0 <= n <= LARGEST_GRID for n in grid.values()) \
         and all(isinstance(f, dict) and type(f.get("bytes")) is type(f.get("crc32")) is int for f in files.values())
     if not sound:
         raise CheckpointError(f"{path}: is not a manifest of pangu-convert; convert the directory again")

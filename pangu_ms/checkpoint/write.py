@@ -79,7 +79,6 @@ class Writer:
         with Journal(self.partial, {"plan": self.plan.digest, "rank": self.plan.rank}) as self._journal:
             self._resume()
             missing = [shard for shard in self.plan.shards if shard.name not in self._done]
-            self._check_space(sum(shard.nbytes for shard in missing))
             self._write_shards(missing)
             self._write_documents()
             check(self.partial)
@@ -115,14 +114,6 @@ class Writer:
             self.overflows |= line["overflows"]
             self._progress(shard.nbytes)
         self.resumed = len(self._done)
-
-    def _check_space(self, nbytes: int) -> None:
-        unfinished = [os.path.join(self.partial, f"{shard.name}.tmp") for shard in self.plan.shards]
-        reusable = sum(os.stat(path).st_blocks * 512 for path in unfinished if os.path.exists(path))
-        free = shutil.disk_usage(self.partial).free + reusable
-        if nbytes > free:
-            raise CheckpointError(f"{self.partial}: {nbytes:,} bytes are still to be written, the disk has {free:,} "
-                                  "free; make room or choose another disk")
 
     def _write_shards(self, shards: list[Shard]) -> None:
         pool = ThreadPoolExecutor(WRITERS)
@@ -205,6 +196,21 @@ class Writer:
             os.unlink(os.path.join(self.target, JOURNAL_FILE))
         except FileNotFoundError:
             pass
+
+
+def check_space(writers: list[Writer]) -> None:
+    """`CheckpointError` when the disk has no room for what all the writers have still to write."""
+    wanted = sum(writer.plan.nbytes for writer in writers)
+    for writer in writers:
+        if os.path.isdir(writer.partial):  # what an earlier run left there is kept or replaced
+            wanted -= sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(writer.partial))
+    existing = writers[0].partial
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    free = shutil.disk_usage(existing).free
+    if wanted > free:
+        raise CheckpointError(f"{existing}: {wanted:,} bytes are still to be written, the disk has {free:,} free; "
+                              "make room or choose another disk")
 
 
 def _write_all(file, block: bytes | memoryview) -> None:

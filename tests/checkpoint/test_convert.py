@@ -328,7 +328,10 @@ def test_free_space_is_checked_first(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1_000_000))
     text = refused(capsys, "hf2ms", data / "tiny", tmp_path / "ms")
     assert "1,310,308 bytes are still to be written, the disk has 1,000,000 free; make room" in text
-    assert not list((tmp_path / "ms.partial").glob("*.tmp"))
+    assert not (tmp_path / "ms.partial").exists()
+    text = refused(capsys, "hf2ms", data / "tiny", tmp_path / "new" / "ranks", "--expert-parallel", 4)
+    assert "bytes are still to be written" in text  # all four ranks together, though one would fit
+    assert not list((tmp_path / "new" / "ranks").iterdir())
 
 
 def test_verify_finds_a_flipped_bit(data, tmp_path, capsys):
@@ -342,7 +345,8 @@ def test_verify_finds_a_flipped_bit(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options", [
-    ["--shard-size", "0"], ["--shard-size", "x"], ["--layers", "a-b"], ["--dtype", "int8"], ["--tensor-parallel", "0"],
+    ["--shard-size", "0"], ["--shard-size", "x"], ["--shard-size", "9" * 400 + "GB"], ["--rank", "x"],
+    ["--layers", "a-b"], ["--dtype", "int8"], ["--tensor-parallel", "0"], ["--expert-parallel", "1025"],
     ["--mtp", "maybe"]])
 def test_wrong_options_leave_with_code_2(data, tmp_path, options):
     with pytest.raises(SystemExit) as left:
