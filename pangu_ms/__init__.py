@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "PanguConfig": "pangu_ms.config",
     "PanguForCausalLM": "pangu_ms.model.causal_lm",
-    "generate": "pangu_ms.generation.engine",
-    "stream_generate": "pangu_ms.generation.engine",
+    "generate": "pangu_ms.generation.stream",
+    "stream_generate": "pangu_ms.generation.stream",
 }
 
 __all__ = sorted(_HOMES)

@@ -5,11 +5,17 @@
     SWA layers            a ring of the last `window` latent rows
     every layer           rings of the last k-1 inputs of its three convolutions ("taps")
 
+For speculative decoding every ring has `slack` rows more, and there is a ring of the trunk's last hidden rows, which
+the MTP layers read.
+
 All are plain tensors that the compiled step updates in place. The row of position p lies at slot p of a growing tensor
-and at slot p mod R of a ring of R rows, so the state belongs to a length and nothing else: a step overwrites what lies
-beyond it.
+and at slot p mod R of a ring of R rows. So the state belongs to a length and nothing else: what lies beyond it is
+overwritten by the next step, and rolling back up to `slack` rows is making the length smaller.
 """
+import copy
+
 import mindspore as ms
+import numpy as np
 from mindspore import ops
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -76,20 +82,30 @@ def cache_bytes(config, length, batch=1, dtype="float32", slack=0):
     return {"per_token": per_token, "fixed": fixed, "total": batch * (fixed + length * per_token)}
 
 
+def hidden_rows(slack):
+    """Rows of the ring of hidden rows: those the MTP layers read again, and those of a step that may be rolled back."""
+    return 2 * slack
+
+
 class Cache:
     """The state of `batch` sequences in the layers of `plans`, all empty at first.
 
     Attributes:
-        tensors: for each layer a tuple of 2-D tensors (see `layer_shapes`), the argument of a step.
-        length: how many positions are real, the same for every sequence. Making it smaller by up to `slack` rolls back.
+        tensors: for each layer a tuple of 2-D tensors (see `layer_shapes`), and with slack a last tuple of the hidden
+            ring alone; the argument of a step.
+        length: int32 [batch], how many positions of each sequence are real.
         capacity: rows that growing tensors have for one sequence.
     """
 
     def __init__(self, config, plans, batch=1, capacity=256, dtype="float32", slack=0):
-        self.batch, self.capacity, self.length = batch, capacity, 0
+        self.batch, self.capacity, self.length = batch, capacity, np.zeros(batch, np.int32)
         self.growing = [plan.window is None for plan in plans]
-        self.tensors = [tuple(ops.zeros((batch * rows, width), getattr(ms, dtype))
-                              for rows, width in layer_shapes(config, plan, capacity, slack)) for plan in plans]
+        shapes = [layer_shapes(config, plan, capacity, slack) for plan in plans]
+        if slack:
+            self.growing.append(False)
+            shapes.append([(hidden_rows(slack), config.hidden_size)])
+        self.tensors = [tuple(ops.zeros((batch * rows, width), getattr(ms, dtype)) for rows, width in layer)
+                        for layer in shapes]
 
     def reserve(self, length):
         """Make room for `length` positions, doubling the capacity as often as it takes."""
@@ -106,6 +122,26 @@ class Cache:
         rows = ops.reshape(tensor, (self.batch, self.capacity, -1))
         room = ops.zeros((self.batch, capacity - self.capacity, rows.shape[2]), tensor.dtype)
         return ops.reshape(ops.cat((rows, room), 1), (self.batch * capacity, -1))
+
+    def copy(self):
+        """A snapshot: another cache in the same state. It is whole, so that what goes on from it lacks nothing."""
+        return self._with(self.batch, [self])
+
+    @staticmethod
+    def stack(caches):
+        """One cache of the sequences of several, in their order."""
+        for cache in caches:
+            cache.reserve(max(other.capacity for other in caches))
+        return caches[0]._with(sum(cache.batch for cache in caches), caches)
+
+    def _with(self, batch, caches):
+        stacked = copy.copy(self)
+        stacked.batch = batch
+        stacked.length = np.concatenate([cache.length for cache in caches])
+        # numpy's concatenate copies even one: these tensors are updated in place and never shared.
+        stacked.tensors = [tuple(ms.Tensor(np.concatenate([tensor.asnumpy() for tensor in tensors])) for tensors in
+                                 zip(*layers)) for layers in zip(*(cache.tensors for cache in caches))]
+        return stacked
 
     @property
     def bytes(self):

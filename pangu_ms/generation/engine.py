@@ -1,111 +1,88 @@
-"""Generation with a cache: chunks of the prompt through one compiled step, then a token at a time."""
-import time
-from dataclasses import dataclass
-
+"""The compiled steps of a model and the cache they work on."""
 import mindspore as ms
 import numpy as np
 
 from pangu_ms.cache import DTYPE_BYTES, Cache
-from pangu_ms.errors import PanguError
-from pangu_ms.generation.request import check_request
-from pangu_ms.model.step import Step
+from pangu_ms.model.step import SLACK, Draft, Step
 
-# Sparse attention gathers index_topk latent rows for each query of a prefill chunk: chunks are cut to hold them here.
-GATHERED_BYTES = 2 ** 28
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One generated token, and what had been spent when it came. Seconds include the compilation of a first call."""
-
-    token_id: int
-    cache_bytes: int
-    prefill_seconds: float
-    decode_seconds: float
-    prefill_tokens: int
-    decode_tokens: int  # that came out of decoding: the first token comes out of the prefill
+# Sparse attention gathers index_topk latent rows for each query of a prefill chunk, and the indexer scores every
+# earlier row for each of its heads: chunks are cut so that neither takes more than this.
+CHUNK_BYTES = 2 ** 28
 
 
 class Engine:
-    """A model and the cache of `batch` sequences of one length."""
+    """`batch` sequences of a model.
 
-    def __init__(self, model, batch=1, capacity=256):
-        self.model, self.config = model, model.config
-        self.plans = self.config.layers[:self.config.num_hidden_layers]
-        self.cache = Cache(self.config, self.plans, batch, capacity, self.config.compute_dtype)
-        self.selects = any(plan.kind == "dsa" for plan in self.plans)
+    Sequences may differ in length: each has its own in `cache.length`. `num_draft_tokens` above 0 prepares for
+    `draft`, which costs the MTP layers' share of the cache and of the prefill.
+    """
+
+    def __init__(self, model, batch=1, capacity=256, num_draft_tokens=0):
+        self.model, self.config, self.drafts = model, model.config, num_draft_tokens
+        self.depths = self.config.num_nextn_predict_layers if num_draft_tokens else 0
+        plans = self.config.layers[:self.config.num_hidden_layers + self.depths]
+        self.cache = Cache(self.config, plans, batch, capacity, self.config.compute_dtype, SLACK if self.drafts else 0)
+        self.selects = any(plan.kind == "dsa" for plan in plans)
 
     def prefill(self, ids, chunk=512, on_prefill=None):
-        """Append ids int32 [B, T] to the sequences -> logits float32 [B, V] of their last token.
+        """Append ids int32 [B, T] to every sequence -> logits float32 [B, V] of their last token.
 
         In chunks of at most `chunk` rows; `on_prefill(done, total)` is called after each.
         """
         done, total = 0, ids.shape[1]
+        ahead = np.pad(ids, ((0, 0), (0, self.depths)))                         # what a drafting step reads ahead
         while done < total:
             rows = self._rows(min(chunk, total - done))
-            logits = self._step(ids[:, done:done + rows], decode=False)
+            logits = self._step(ahead[:, done:done + rows + self.depths], rows, decode=False)
+            self.cache.length = self.cache.length + rows
             done += rows
             if on_prefill is not None:
                 on_prefill(done, total)
-        return logits
+        return logits[:, -1]
 
     def decode(self, ids):
         """Append one token to each sequence, ids int32 [B, 1] -> logits float32 [B, V]."""
-        return self._step(ids, decode=True)
+        logits = self.verify(ids)
+        self.cache.length = self.cache.length + 1
+        return logits[:, -1]
+
+    def verify(self, ids):
+        """Logits float32 [B, T, V] of ids int32 [B, T] behind each sequence, which do not count as part of it yet.
+
+        The caller adds to `cache.length` as many as are to stay; the next step overwrites the others.
+        """
+        return self._step(ids, ids.shape[1], decode=True)
+
+    def draft(self, texts):
+        """Drafts int32 [B, num_draft_tokens] of what follows each text, and their logits float32 [B, drafts, V].
+
+        texts: the known ids of each sequence, of which all but the last are in the cache.
+        """
+        window = Draft.window(self.drafts, min(self.drafts, self.depths))
+        # Before the beginning of a short text the window holds rows that mean nothing and are seen by none.
+        tokens = np.array([([0] * window + text[1:])[-window:] for text in texts], np.int32)
+        starts = np.array([[len(text) - 1 - window] for text in texts], np.int32)
+        step = self.model.function(Draft, self.cache.batch, self.drafts)
+        drafts, logits = step(ms.Tensor(tokens), ms.Tensor(starts), ms.mutable(self.cache.tensors))
+        return drafts.asnumpy(), logits
 
     def _rows(self, rows):
         """How many rows one step may take: DSA selects for all of them or for none, and memory is bounded."""
         if not self.selects:
             return rows
-        dense = self.config.index_topk - self.cache.length
-        if dense > 0:
-            return min(rows, dense)
-        row_bytes = (self.config.kv_lora_rank + self.config.qk_rope_head_dim) * DTYPE_BYTES[self.config.compute_dtype]
-        return min(rows, max(1, GATHERED_BYTES // (self.cache.batch * self.config.index_topk * row_bytes)))
+        length, config = int(self.cache.length.max()), self.config
+        if length < config.index_topk:
+            return min(rows, config.index_topk - length)
+        gathered = config.index_topk * (config.kv_lora_rank + config.qk_rope_head_dim)
+        gathered *= DTYPE_BYTES[config.compute_dtype]
+        scored = self.cache.capacity * config.index_n_heads * DTYPE_BYTES["float32"]
+        return min(rows, max(1, CHUNK_BYTES // (self.cache.batch * max(gathered, scored))))
 
-    def _step(self, ids, decode):
-        start, end = self.cache.length, self.cache.length + ids.shape[1]
+    def _step(self, ids, rows, decode):
+        end = int(self.cache.length.max()) + rows
         self.cache.reserve(end)
-        step = self.model.function(Step, self.cache.batch, decode, self.selects and end > self.config.index_topk)
-        starts = ms.Tensor(np.full((self.cache.batch, 1), start, np.int32))
+        sparse = self.selects and end > self.config.index_topk
+        step = self.model.function(Step, self.cache.batch, decode, sparse, self.drafts > 0)
+        starts = ms.Tensor(np.ascontiguousarray(self.cache.length[:, None], np.int32))
         logits = step(ms.Tensor(np.ascontiguousarray(ids, np.int32)), starts, ms.mutable(self.cache.tensors))
-        self.cache.length = end
-        return logits.asnumpy()[:, -1]
-
-
-def stream_generate(model, ids, max_new_tokens, *, eos_token_ids=None, prefill_chunk=512, on_prefill=None):
-    """Continue one sequence greedily, a `Piece` at a time.
-
-    Args:
-        model (PanguForCausalLM):
-        ids (list[int]): the prompt.
-        max_new_tokens (int): at most this many pieces.
-        eos_token_ids: ids that end the text, themselves yielded; default: eos_token_id of the config.
-        prefill_chunk (int): rows of the prompt computed at once.
-        on_prefill: called as on_prefill(done, total) after each chunk.
-
-    Raises:
-        PanguError: see `check_request`; at the first piece.
-    """
-    check_request(model.config, ids, max_new_tokens)
-    if prefill_chunk < 1:
-        raise PanguError(f"prefill_chunk is {prefill_chunk}: wanted at least 1")
-    if eos_token_ids is None:
-        found = model.config.eos_token_id
-        eos_token_ids = found if isinstance(found, tuple) else (found,)
-    engine = Engine(model)
-    started = time.perf_counter()
-    logits = engine.prefill(np.array([ids], np.int32), prefill_chunk, on_prefill)
-    prefilled = time.perf_counter()
-    for produced in range(max_new_tokens):
-        token_id = int(logits[0].argmax())
-        yield Piece(token_id, engine.cache.bytes, prefilled - started, time.perf_counter() - prefilled,
-                    len(ids), produced)
-        if token_id in eos_token_ids or produced + 1 == max_new_tokens:
-            return
-        logits = engine.decode(np.array([[token_id]], np.int32))
-
-
-def generate(model, ids, max_new_tokens, **options):
-    """The new ids of `stream_generate`, as a list."""
-    return [piece.token_id for piece in stream_generate(model, ids, max_new_tokens, **options)]
+        return logits.asnumpy()

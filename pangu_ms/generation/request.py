@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pangu_ms.errors import PanguError
 
+MAX_DRAFTS = 8  # what the cache of a drafting engine has room for, see SLACK in pangu_ms/model/step.py
+
 
 def check_request(config, ids, max_new_tokens, num_draft_tokens=0):
     """Refuses a prompt that the model cannot continue.
@@ -17,7 +19,7 @@ def check_request(config, ids, max_new_tokens, num_draft_tokens=0):
 
     Raises:
         PanguError: an empty prompt, an id that is no integer or lies outside the vocabulary, max_new_tokens below 1,
-            more positions than the model has, num_draft_tokens below 0, or drafts without MTP layers to make them.
+            more positions than the model has, num_draft_tokens outside 0 to MAX_DRAFTS, or drafts without MTP layers to make them.
     """
     if len(ids) == 0:
         raise PanguError("the prompt is empty: give at least one token")
@@ -34,8 +36,8 @@ def check_request(config, ids, max_new_tokens, num_draft_tokens=0):
         raise PanguError(f"{len(ids)} prompt tokens and max_new_tokens {max_new_tokens} pass max_position_embeddings "
                          f"{config.max_position_embeddings}: " +
                          (f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"))
-    if not isinstance(num_draft_tokens, Integral) or num_draft_tokens < 0:
-        raise PanguError(f"num_draft_tokens is {num_draft_tokens!r}: wanted an integer of at least 0")
+    if not isinstance(num_draft_tokens, Integral) or not 0 <= num_draft_tokens <= MAX_DRAFTS:
+        raise PanguError(f"num_draft_tokens is {num_draft_tokens!r}: wanted an integer from 0 to {MAX_DRAFTS}")
     if num_draft_tokens and not config.num_nextn_predict_layers:
         raise PanguError(f"num_draft_tokens is {num_draft_tokens}, and the checkpoint has no MTP layers to make drafts "
                          "(num_nextn_predict_layers 0): ask for 0")

@@ -103,16 +103,18 @@ class PanguForCausalLM(nn.Cell):
         """What depth 1 reads: public sources differ on whether it is normed (`mtp_hidden` of the config)."""
         return merged if self.mtp_reads_merged else self.model.norm(merged)
 
-    def mtp(self, depth, ids, hidden, rows, memory):
-        """One MTP depth over all rows: row p reads the token at p + depth and predicts the one after it.
+    def mtp(self, depth, ahead, hidden, rows, memory):
+        """One MTP depth: ahead int32 [B, T], for each row p the token at p + depth; hidden [B, T, H] of the depth before.
 
-        hidden [B, T, H] of the depth before -> hidden, logits; the last `depth` rows have no token to read and mean
-        nothing.
+        -> hidden [B, T, H], for `mtp_head` and the next depth.
         """
-        layer = self.model.layers[self.model.depth + depth - 1]
-        ahead = ops.cat((ids[:, depth:], ops.zeros_like(ids[:, :depth])), 1)
-        hidden = layer(self.model.embed_tokens(ahead), hidden, rows, memory)
-        return hidden, self.head(layer.shared_head(hidden))
+        index = self.model.depth + depth - 1
+        layer = self.model.layers[index]
+        return layer(self.model.embed_tokens(ahead), hidden, rows, None if memory is None else memory[index])
+
+    def mtp_head(self, depth, hidden):
+        """-> float32 [B, T, vocab_size]: row p predicts the token at p + depth + 1."""
+        return self.head(self.model.layers[self.model.depth + depth - 1].shared_head(hidden))
 
     def mtp_logits(self, ids):
         """ids int32 [B, T] -> a list over depth d = 1 .. D of float32 [B, T - d, vocab_size].

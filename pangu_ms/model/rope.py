@@ -18,10 +18,12 @@ class RotaryAngles(nn.Cell):
         super().__init__()
         dim = config.qk_rope_head_dim
         frequency = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-        self.coarse = _table(np.arange(-(-config.max_position_embeddings // STRIDE)) * STRIDE, frequency)
+        # One multiple more than there are positions: drafts may be computed past the last one, and are not used.
+        self.coarse = _table(np.arange(-(-config.max_position_embeddings // STRIDE) + 1) * STRIDE, frequency)
         self.fine = _table(np.arange(STRIDE), frequency)
 
     def construct(self, position):
+        position = ops.maximum(position, 0)                                     # rows before the text mean nothing
         coarse, fine = ops.gather(self.coarse, position // STRIDE, 0), ops.gather(self.fine, position % STRIDE, 0)
         half = coarse.shape[-1] // 2
         (cos_a, sin_a), (cos_b, sin_b) = ops.split(coarse, half, -1), ops.split(fine, half, -1)

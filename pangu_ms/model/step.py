@@ -1,48 +1,125 @@
-"""The step that generation compiles: T more tokens of every sequence through the trunk, with a cache."""
+"""The steps that generation compiles: more tokens of every sequence, with a cache."""
 import mindspore as ms
 from mindspore import nn, ops
 
-from pangu_ms.cache import GROWING, LATENT, layer_shapes
+from pangu_ms.cache import GROWING, LATENT, hidden_rows, layer_shapes, remember, ring_order, ring_slots
 from pangu_ms.model.rows import Rows
+
+# Rows of room in every ring when drafts may be rolled back. A draft step computes the last drafts + depths rows of the
+# MTP layers anew and drafts - depths behind them, and for a short text the first of those lie before position 0, in
+# slots from the end of the ring: 24 keeps them apart in the smallest ring (k - 1 taps) for 8 drafts of 3 layers.
+SLACK = 24
 
 
 class Step(nn.Cell):
-    """One function for a prefill chunk of any length and for decoding, compiled in up to four forms.
+    """T more tokens through the trunk: one function for a prefill chunk, for decoding, for verifying drafts.
 
     Args of the cell:
         batch: sequences at once.
-        decode: one new row: absorbed attention, experts gathered by token. Otherwise any number of rows: expanded
-            attention, experts in blocks, logits of the last row alone.
+        decode: few new rows: absorbed attention, experts gathered by token, logits of every row. Otherwise any number:
+            expanded attention, experts in blocks, logits of the last row alone.
         sparse: DSA layers select `index_topk` rows. To be used once the context, new rows included, is longer than
             that; before, selecting is the same as taking all.
+        drafting: the cache has SLACK and the MTP layers: hidden rows are kept, and a prefill runs the MTP layers too.
 
     `construct(ids int32 [B, T], start int32 [B, 1], memory)`: the tokens stand at positions start .. start + T - 1;
-    memory is `Cache.tensors`, updated in place. -> logits float32 [B, T or 1, vocab_size].
+    memory is `Cache.tensors`, updated in place. -> logits float32 [B, T or 1, vocab_size]. A drafting prefill takes
+    ids [B, T + depths], for the MTP layers read ahead; tokens not known yet may be anything, since the next draft step
+    computes their rows anew.
     """
 
-    def __init__(self, causal_lm, batch, decode, sparse, slack=0):
+    def __init__(self, causal_lm, batch, decode, sparse, drafting=False):
         super().__init__(auto_prefix=False)  # the parameters keep the names they have in the model
         self.causal_lm = causal_lm
-        config = causal_lm.config
-        self.plans = config.layers[:config.num_hidden_layers]
+        config, slack = causal_lm.config, SLACK if drafting else 0
+        self.plans = config.layers if drafting else config.layers[:config.num_hidden_layers]
         self.rows = Rows(config, self.plans, slack)
-        self.decode, self.sparse = decode, sparse
+        self.decode, self.sparse, self.drafting = decode, sparse, drafting
+        self.depths = config.num_nextn_predict_layers if drafting and not decode else 0
         # A layer whose tensors tell the capacity; when every layer has a window, nothing needs it.
         self.growing = next((i for i, plan in enumerate(self.plans) if plan.window is None), None)
-
-        # What is compiled: the length of a prefill chunk and the capacity of growing tensors stay open.
-        dtype, length = getattr(ms, config.compute_dtype), 1 if decode else None
-        memory = []
-        for plan in self.plans:
-            shapes = layer_shapes(config, plan, 1, slack)
-            memory.append(tuple(ms.Tensor(shape=[None if plan.window is None and i in GROWING else batch * rows, width],
-                                          dtype=dtype) for i, (rows, width) in enumerate(shapes)))
+        length = 1 if decode and not drafting else None
         self.set_inputs(ms.Tensor(shape=[batch, length], dtype=ms.int32), ms.Tensor(shape=[batch, 1], dtype=ms.int32),
-                        ms.mutable(memory))
+                        memory_shapes(config, self.plans, batch, slack))
 
     def construct(self, ids, start, memory):
-        position = start + ops.expand_dims(ops.arange(ids.shape[1], dtype=ms.int32), 0)         # [B, T]
+        new = ids[:, :-self.depths] if self.depths else ids
+        position = start + ops.expand_dims(ops.arange(new.shape[1], dtype=ms.int32), 0)         # [B, T]
         capacity = 1 if self.growing is None else memory[self.growing][LATENT].shape[0] // ids.shape[0]
         rows = self.rows(position, capacity, self.decode, self.sparse)
-        merged, _ = self.causal_lm.model(ids, rows, memory)
-        return self.causal_lm.logits(merged if self.decode else merged[:, -1:])
+        merged, _ = self.causal_lm.model(new, rows, memory)
+        logits = self.causal_lm.logits(merged if self.decode else merged[:, -1:])
+        if self.drafting:
+            logits = ops.depend(logits, self._keep_hidden(merged, position, memory))
+        hidden = self.causal_lm.mtp_hidden(merged)
+        for depth in range(1, self.depths + 1):
+            ahead = ids[:, depth:] if depth == self.depths else ids[:, depth:depth - self.depths]
+            hidden = self.causal_lm.mtp(depth, ahead, hidden, rows, memory)
+            logits = ops.depend(logits, hidden)                                 # a write nobody uses is dropped
+        return logits
+
+    def _keep_hidden(self, merged, position, memory):
+        size = hidden_rows(SLACK)
+        return remember(memory[len(self.plans)][0], merged, ring_order(position, size),
+                        ring_slots(position, size, self.decode), self.decode)
+
+
+class Draft(nn.Cell):
+    """The MTP layers after the last token: greedy drafts of the next ones (section 8).
+
+    `construct(tokens int32 [B, M], start int32 [B, 1], memory)`: row p of depth 1, start <= p < start + M, reads the
+    trunk's hidden row p, which a step has kept, and the token at p + 1, given in `tokens`; the last row reads the last
+    token of the text. Depth d reads the depth before and the token d ahead, drafts included. -> drafts int32
+    [B, drafts], their logits float32 [B, drafts, vocab_size].
+
+    M = `window(drafts, depths)` rows are computed, although only the last one drafts: those that the last draft step
+    computed with drafts which were not accepted are thereby written anew, in the layers' rings and taps.
+    """
+
+    def __init__(self, causal_lm, batch, drafts):
+        super().__init__(auto_prefix=False)
+        self.causal_lm = causal_lm
+        config = causal_lm.config
+        self.trunk, self.last = config.num_hidden_layers, len(config.layers)
+        self.depths = min(drafts, config.num_nextn_predict_layers)
+        self.repeats = drafts - self.depths                                     # of the last layer, on its own output
+        self.rows = Rows(config, config.layers[self.trunk:], SLACK)
+        self.set_inputs(ms.Tensor(shape=[batch, Draft.window(drafts, self.depths)], dtype=ms.int32),
+                        ms.Tensor(shape=[batch, 1], dtype=ms.int32),
+                        memory_shapes(config, config.layers, batch, SLACK))
+
+    @staticmethod
+    def window(drafts, depths):
+        """Rows to compute: up to drafts + 1 tokens came since the last draft step, and `depths` rows read drafts."""
+        return drafts + min(drafts, depths)
+
+    def construct(self, tokens, start, memory):
+        position = start + ops.expand_dims(ops.arange(tokens.shape[1], dtype=ms.int32), 0)      # [B, M]
+        size = hidden_rows(SLACK)
+        rows = self.rows(position, 1, True, False)
+        kept = ops.gather(memory[self.last][0], ring_slots(position, size, True), 0)            # [B, M, H]
+        hidden = self.causal_lm.mtp_hidden(kept)
+        drafts, logits = (), ()
+        for depth in range(1, self.depths + self.repeats + 1):
+            if depth > self.depths:                                             # one row further, for each repeat
+                tokens, hidden, position = tokens[:, -1:], hidden[:, -1:], position[:, -1:] + 1
+                rows = self.rows(position, 1, True, False)
+            head = min(depth, self.depths)
+            hidden = self.causal_lm.mtp(head, tokens, hidden, rows, memory)
+            logit = self.causal_lm.mtp_head(head, hidden[:, -1:])               # [B, 1, V]
+            draft = ops.cast(ops.argmax(logit, -1), ms.int32)                   # [B, 1]
+            tokens = ops.cat((tokens[:, 1:], draft), 1)
+            drafts, logits = drafts + (draft,), logits + (logit,)
+        return ops.cat(drafts, 1), ops.cat(logits, 1)
+
+
+def memory_shapes(config, plans, batch, slack):
+    """What a step is compiled for: the shapes of `Cache.tensors`, the capacity of growing tensors left open."""
+    dtype, memory = getattr(ms, config.compute_dtype), []
+    for plan in plans:
+        shapes = layer_shapes(config, plan, 1, slack)
+        memory.append(tuple(ms.Tensor(shape=[None if plan.window is None and i in GROWING else batch * rows, width],
+                                      dtype=dtype) for i, (rows, width) in enumerate(shapes)))
+    if slack:
+        memory.append((ms.Tensor(shape=[batch * hidden_rows(slack), config.hidden_size], dtype=dtype),))
+    return ms.mutable(memory)

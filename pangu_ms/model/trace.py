@@ -11,7 +11,7 @@ The keys, with L trunk layers, n of them DSA, m of them MoE:
     mtp{d}_hidden [B, T - d, H], mtp{d}_logits [B, T - d, V]
 """
 import numpy as np
-from mindspore import nn
+from mindspore import nn, ops
 
 from pangu_ms.model.rows import positions
 
@@ -48,8 +48,10 @@ class TraceForward(nn.Cell):
 def _mtp_depths(causal_lm, depths, ids, merged, rows):
     hidden, found = causal_lm.mtp_hidden(merged), ()
     for depth in range(1, min(depths, ids.shape[1] - 1) + 1):                   # a depth needs a token to read
-        hidden, logits = causal_lm.mtp(depth, ids, hidden, rows, None)
-        found = found + ((hidden[:, :-depth], logits[:, :-depth]),)
+        # The last `depth` rows have no token to read: what they give is cut off, and no other row sees them.
+        ahead = ops.cat((ids[:, depth:], ops.zeros_like(ids[:, :depth])), 1)
+        hidden = causal_lm.mtp(depth, ahead, hidden, rows, None)
+        found = found + ((hidden[:, :-depth], causal_lm.mtp_head(depth, hidden)[:, :-depth]),)
     return found
 
 

@@ -38,7 +38,7 @@ def engine(monkeypatch):
             yield SimpleNamespace(token_id=ids[-1] + 1 + i, cache_bytes=100 + i, prefill_seconds=0.5,
                                   decode_seconds=0.25 * i, prefill_tokens=len(ids), decode_tokens=i)
 
-    causal_lm, module = ModuleType("pangu_ms.model.causal_lm"), ModuleType("pangu_ms.generation.engine")
+    causal_lm, module = ModuleType("pangu_ms.model.causal_lm"), ModuleType("pangu_ms.generation.stream")
     causal_lm.PanguForCausalLM = SimpleNamespace(from_pretrained=from_pretrained)
     module.stream_generate = stream_generate
     monkeypatch.setitem(sys.modules, causal_lm.__name__, causal_lm)
@@ -79,7 +79,7 @@ def test_ids_go_to_stdout_without_a_tokenizer(engine, directory, capsys):
 
 def test_text_comes_as_it_is_made(engine, directory, tmp_path, monkeypatch):
     """Each piece has left the process, through a buffered stdout, before the next is asked for."""
-    module, seen = sys.modules["pangu_ms.generation.engine"], []
+    module, seen = sys.modules["pangu_ms.generation.stream"], []
     stream = module.stream_generate
 
     def watched(*args, **options):

@@ -33,8 +33,9 @@ def test_what_does_not_fit_is_refused(ids, new, words):
 
 @pytest.mark.parametrize("heads, drafts, words", [
     (0, 1, "num_draft_tokens is 1, and the checkpoint has no MTP layers to make drafts .*: ask for 0"),
-    (3, -1, "num_draft_tokens is -1: wanted an integer of at least 0"),
-    (3, 1.5, "num_draft_tokens is 1.5: wanted an integer of at least 0"),
+    (3, 9, "num_draft_tokens is 9: wanted an integer from 0 to 8"),
+    (3, -1, "num_draft_tokens is -1: wanted an integer from 0 to 8"),
+    (3, 1.5, "num_draft_tokens is 1.5: wanted an integer from 0 to 8"),
 ])
 def test_drafts_that_cannot_be_made_are_refused(heads, drafts, words):
     config = SimpleNamespace(vocab_size=10, max_position_embeddings=16, num_nextn_predict_layers=heads)

@@ -1,0 +1,114 @@
+"""Drafting, verifying, rolling back: greedy text must not change, and drafts must be what the MTP layers would say."""
+import numpy as np
+import pytest
+
+from pangu_ms import PanguForCausalLM
+from pangu_ms.generation.engine import Engine
+from pangu_ms.generation.stream import generate, generate_batch, stream_generate
+
+PROMPTS = [[9], [5, 6, 7, 8], list(range(20, 50))]
+NEW_TOKENS = 24  # past every window and past index_topk
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    """Greedy text without drafts, by checkpoint and prompt."""
+    texts = {}
+
+    def text(name, prompt):
+        key = name, tuple(prompt)
+        if key not in texts:
+            texts[key] = generate(model(name), prompt, NEW_TOKENS, eos_token_ids=())
+        return texts[key]
+    return text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, drafts", [("tiny", 1), ("tiny", 3), ("tiny", 5), ("odd", 3)])
+def test_drafts_do_not_change_greedy_text(model, greedy, name, drafts):
+    for prompt in PROMPTS:
+        pieces = list(stream_generate(model(name), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=()))
+        assert [piece.token_id for piece in pieces] == greedy(name, prompt)
+        assert len(pieces[-1].drafted) == drafts and min(pieces[-1].drafted) > 9
+        assert sum(piece.source > 0 for piece in pieces) == sum(pieces[-1].accepted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_batch_gives_what_each_prompt_gives_alone(model, greedy, drafts):
+    found = generate_batch(model("tiny"), PROMPTS, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=())
+    assert found == [greedy("tiny", prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.slow
+def test_one_sequence_of_a_batch_may_end_early(model, greedy):
+    """An end token of the longest prompt's text: it stops there, the others go on as if it were alone."""
+    texts = [greedy("tiny", prompt) for prompt in PROMPTS]
+    end = next(token for token in texts[2] if token not in texts[0] + texts[1])
+    assert texts[2].index(end) + 1 < NEW_TOKENS
+    found = generate_batch(model("tiny"), PROMPTS, NEW_TOKENS, num_draft_tokens=3, eos_token_ids=[end])
+    assert found[:2] == texts[:2]
+    assert found[2] == texts[2][:texts[2].index(end) + 1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "odd"])
+def test_drafts_are_those_of_the_full_forward(model, golden, name):
+    """The chain of MTP layers on the same history, after accepted drafts (the true next ones, put in) and rejected."""
+    text = golden(name, "T64")["ids"][0].tolist()
+    engine = Engine(model(name), num_draft_tokens=3)
+    length = 20  # known tokens; all but the last are in the cache
+    engine.prefill(np.array([text[:length - 1]], np.int32))
+    for kept in (0, 3, 1, 0, 3, 3, 2, 0):
+        drafts, logits = engine.draft([text[:length]])
+        full = model(name).mtp_logits(np.array([text[:length] + drafts[0].tolist()], np.int32))
+        for depth in (1, 2, 3):
+            wanted = full[depth - 1].asnumpy()[0, length - 2]
+            found = logits.asnumpy()[0, depth - 1]
+            assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+            assert drafts[0, depth - 1] == wanted.argmax()
+        # The first `kept` drafts become true ones, the others stay as they are, and are wrong.
+        tried = text[length:length + kept] + drafts[0, kept:].tolist()
+        engine.verify(np.array([[text[length - 1]] + tried], np.int32))
+        engine.cache.length = engine.cache.length + 1 + kept
+        length += 1 + kept
+
+
+@pytest.mark.slow
+def test_verifying_gives_the_logits_of_the_full_forward(model, golden):
+    """Also for what was rolled back in between: wrong drafts leave no trace."""
+    wanted = golden("tiny", "T64")
+    ids, logits = wanted["ids"], wanted["logits"]
+    engine = Engine(model("tiny"), num_draft_tokens=3)
+    engine.prefill(ids[:, :5])
+    while (length := int(engine.cache.length[0])) < 40:
+        engine.verify((ids[:, length:length + 4] + 7) % 199)                    # all wrong, all rolled back
+        found = engine.verify(ids[:, length:length + 4])
+        assert np.abs(found - logits[:, length:length + 4]).max() <= TOLERANCE * np.abs(logits).max()
+        engine.cache.length = engine.cache.length + 1 + length % 4
+
+
+@pytest.mark.slow
+def test_a_snapshot_goes_on_where_it_was_taken(model, golden):
+    """A shared prefix is computed once; what one continuation writes, the other does not see."""
+    ids, logits = golden("tiny", "T64")["ids"], golden("tiny", "T64")["logits"]
+    engine = Engine(model("tiny"), num_draft_tokens=3)
+    engine.prefill(ids[:, :30])
+    shared = engine.cache.copy()
+    for _ in range(2):
+        engine.verify((ids[:, 30:34] + 5) % 199)
+        engine.cache.length = engine.cache.length + 4
+        engine.cache = shared.copy()
+        found = engine.verify(ids[:, 30:34])
+        assert np.abs(found - logits[:, 30:34]).max() <= TOLERANCE * np.abs(logits).max()
+
+
+def test_nothing_is_compiled_again_while_generating(data):
+    """The cache grows past 256 rows; lengths of prompts and of prefill chunks vary."""
+    fresh = PanguForCausalLM.from_pretrained(data / "tiny_full")
+    list(stream_generate(fresh, [1] * 20, 3, eos_token_ids=()))
+    list(stream_generate(fresh, [1, 2], 12, eos_token_ids=(), prefill_chunk=1))
+    list(stream_generate(fresh, [1] * 250, 12, eos_token_ids=(), prefill_chunk=77))
+    counts = [len(step.compile_cache) for step in fresh._functions.values()]
+    assert counts == [1] * 4  # prefill and decoding, before and after index_topk
