@@ -11,3 +11,8 @@ class ConfigError(PanguError):
 
 class CheckpointError(PanguError):
     """A checkpoint directory is damaged, incomplete, or does not fit its config."""
+
+
+def one_line(error: PanguError) -> str:
+    """An error that lists several findings, one a line, on a single line."""
+    return "; ".join(line.strip() for line in str(error).splitlines()).replace(":; ", ": ")

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import pangu_ms
-from pangu_ms.errors import PanguError
-from pangu_ms.generation.command import one_line
+from pangu_ms.errors import PanguError, one_line
 
 EXAMPLE = """example:
   python tools/compare_golden.py --model tests/data/tiny --golden tests/data/tiny/T24.npz

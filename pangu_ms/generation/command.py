@@ -1,37 +1,61 @@
-"""The command pangu-generate: a prompt in, greedy text out, as it comes or as one JSON object."""
+"""The command pangu-generate: a prompt in, text out as it comes or as one JSON object; or a conversation."""
 import argparse
 import json
 import os
 import resource
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
 import pangu_ms
 from pangu_ms.config import COMPUTE_DTYPES, PanguConfig
-from pangu_ms.errors import PanguError
+from pangu_ms.errors import PanguError, one_line
+from pangu_ms.generation.chat import ChatTemplate, ReplyParser
+from pangu_ms.generation.interactive import converse, show_reply
 from pangu_ms.generation.request import check_request, find_eos_token_ids
-from pangu_ms.generation.text import StreamDecoder, load_tokenizer, tokenizer_file
+from pangu_ms.generation.sampling import Sampling
+from pangu_ms.generation.stopping import StopStrings
+from pangu_ms.generation.text import load_tokenizer, stream_text, tokenizer_file
 
 EXAMPLE = """examples:
   pangu-generate --model openPangu-2.0-Flash --prompt "The capital of Peru is" --max-new-tokens 32
+  pangu-generate --model openPangu-2.0-Flash --chat --max-new-tokens 2048 --num-draft-tokens 3 --stats
+  pangu-generate --model openPangu-2.0-Flash --chat --thinking off --prompt-file question.txt --max-new-tokens 512
   pangu-generate --model tests/data/tiny --token-ids 5,6,7,8 --max-new-tokens 32 --json
 
 Without --json the new text (or, without a tokenizer, the new ids) goes to stdout as it comes, and a line of
 statistics to stderr. With --json stdout gets one object: token_ids (the new ones), text (null without a tokenizer),
-stats (prefill_seconds, prefill_tokens, decode_seconds, decode_tokens, cache_bytes, peak_memory_bytes of the process).
-Exit code 0 on success, 2 when the input is wrong.
+with --chat also reasoning, answer and tool_calls, and stats (prefill_seconds, prefill_tokens, decode_seconds,
+decode_tokens, tokens_per_second, cache_bytes, drafted and accepted by depth, peak_memory_bytes of the process).
+--chat without a prompt is a conversation: /clear forgets it, /thinking on|off, /exit; Ctrl-C ends a reply. In a chat
+reasoning goes to stderr, the answer to stdout. Exit code 0 on success, 2 when the input is wrong, 130 after Ctrl-C.
 """
+SAMPLING = {  # fields of Sampling that are options, and what they mean
+    "temperature": "0 is greedy",
+    "top_k": "keep the N likeliest; 0: all",
+    "top_p": "keep the likeliest that reach this probability together",
+    "min_p": "drop what is less probable than this share of the likeliest",
+    "repetition_penalty": "above 1: against what the text holds already",
+    "seed": "the same seed, the same text",
+}
+STATS = ("prefill_seconds", "prefill_tokens", "decode_seconds", "decode_tokens", "tokens_per_second", "cache_bytes",
+         "drafted", "accepted")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; wrong options leave through argparse's SystemExit, code 2."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    check_options(parser, arguments)
     try:
         run(arguments)
     except PanguError as error:
         print(f"pangu-generate: error: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\npangu-generate: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -39,60 +63,120 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pangu-generate", description=__doc__, epilog=EXAMPLE,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory: config.json, weights")
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; needs a tokenizer in DIR")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file")
     prompt.add_argument("--token-ids", metavar="1,2,3", help="ids to continue, taken as they are")
-    parser.add_argument("--max-new-tokens", required=True, type=int, metavar="N")
+    parser.add_argument("--max-new-tokens", required=True, type=int, metavar="N", help="of each reply in a chat")
     parser.add_argument("--dtype", default="float32", choices=COMPUTE_DTYPES, help="compute in this (default: float32)")
+    parser.add_argument("--num-draft-tokens", default=0, type=int, metavar="N",
+                        help="drafts of the MTP layers to verify in each step (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--stats", action="store_true", help="more statistics; in a conversation after each reply")
+
+    chat = parser.add_argument_group("chat")
+    chat.add_argument("--chat", action="store_true", help="through the chat template in DIR; no prompt: a conversation")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--thinking", choices=("on", "off"), help="whether a reply begins with reasoning (default: on)")
+
+    sampling = parser.add_argument_group("sampling")
+    for name, meaning in SAMPLING.items():
+        default = getattr(Sampling, name)
+        sampling.add_argument("--" + name.replace("_", "-"), default=default, type=type(default),
+                              metavar="N" if type(default) is int else "X", help=f"{meaning} (default: %(default)s)")
+    sampling.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                          help="end the text before this; may be given several times")
     return parser
+
+
+def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """What argparse cannot say by itself about options that belong together."""
+    prompted = arguments.prompt is not None or arguments.prompt_file is not None
+    if not arguments.chat:
+        if not prompted and arguments.token_ids is None:
+            parser.error("one of --prompt, --prompt-file, --token-ids, --chat is required")
+        if arguments.system is not None or arguments.thinking is not None:
+            parser.error("--system and --thinking need --chat")
+    elif arguments.token_ids is not None:
+        parser.error("--token-ids does not go with --chat: a template wants text")
+    elif arguments.json and not prompted:
+        parser.error("--json needs a prompt: it prints one object at the end")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Everything that a look at small files can refuse is refused before MindSpore is imported."""
     config = PanguConfig.from_pretrained(arguments.model)
-    ids, tokenizer = read_prompt(arguments)
-    check_request(config, ids, arguments.max_new_tokens)
-    eos_token_ids = find_eos_token_ids(config, arguments.model)
+    tokenizer = find_tokenizer(arguments)
+    template = ChatTemplate(arguments.model) if arguments.chat else None
+    thinking = arguments.thinking != "off"
+    ids = read_prompt(arguments, tokenizer, template, thinking)
+    # A conversation has no prompt yet: one of a single token shows whether any could be answered.
+    check_request(config, [0] if ids is None else ids, arguments.max_new_tokens, arguments.num_draft_tokens)
+    sampling = Sampling(**{name: getattr(arguments, name) for name in SAMPLING},
+                        vocab_size=tokenizer.vocab_size if tokenizer else None)
+    StopStrings(arguments.stop)
+    eos_token_ids = find_eos_token_ids(config, arguments.model) + (template.stop_token_ids if template else ())
 
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only, unless the user wants more
     model = pangu_ms.PanguForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype,
                                                       progress=sys.stderr.isatty())
 
-    decoder = StreamDecoder(tokenizer) if tokenizer else None
-    new_ids, texts = [], []
-    with tqdm(total=len(ids), desc="prefill", unit="token", mininterval=0, leave=False, disable=None) as bar:
-        for piece in pangu_ms.stream_generate(model, ids, arguments.max_new_tokens, eos_token_ids=eos_token_ids,
-                                              on_prefill=lambda done, total: bar.update(done - bar.n)):
-            bar.close()  # before the first output, so that the two do not mix on a terminal
-            shown = decoder.push(piece.token_id) if decoder else ("," if new_ids else "") + str(piece.token_id)
-            new_ids.append(piece.token_id)
-            texts.append(shown)
-            if not arguments.json:
-                print(shown, end="", flush=True)
-    if decoder:
-        texts.append(decoder.flush())
+    def stream(ids):
+        """(piece, text) as `stream_text` gives them; without a tokenizer the text is the ids, with commas between."""
+        with tqdm(total=len(ids), desc="prefill", unit="token", mininterval=0, leave=False, disable=None) as bar:
+            pieces = pangu_ms.stream_generate(
+                model, ids, arguments.max_new_tokens, sampling=sampling, num_draft_tokens=arguments.num_draft_tokens,
+                eos_token_ids=eos_token_ids, on_prefill=lambda done, total: bar.update(done - bar.n))
+            for piece, text in stream_text(pieces, tokenizer, arguments.stop) if tokenizer else numbers(pieces):
+                bar.close()  # before the first output, so that the two do not mix on a terminal
+                yield piece, text
 
-    stats = {name: getattr(piece, name) for name in
-             ("prefill_seconds", "prefill_tokens", "decode_seconds", "decode_tokens", "cache_bytes")}
-    stats["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if ids is None:
+        converse(template, stream, arguments.system, thinking, show_stats if arguments.stats else None)
+        return
+    parser = ReplyParser(thinking) if template else None
     if arguments.json:
-        print(json.dumps({"token_ids": new_ids, "text": "".join(texts) if decoder else None, "stats": stats}))
+        print_json(stream(ids), tokenizer, parser)
+        return
+    if parser:
+        _, last = show_reply(stream(ids), parser)
     else:
-        print(texts[-1] if decoder else "")
-        print("prefill {prefill_tokens} tokens in {prefill_seconds:.2f} s, decode {decode_tokens} in "
-              "{decode_seconds:.2f} s, cache {cache_bytes:,} bytes".format(**stats), file=sys.stderr)
+        last = print_text(stream(ids))
+    if last is not None:
+        show_stats(last, arguments.stats)
 
 
-def read_prompt(arguments: argparse.Namespace):
-    """The ids of the prompt, and the directory's tokenizer: needed for a text, welcome with ids."""
-    if arguments.prompt == "":
-        raise PanguError("--prompt is empty: give at least one character")
-    if arguments.prompt is not None:
-        tokenizer = load_tokenizer(arguments.model)
-        return tokenizer.encode(arguments.prompt), tokenizer
-    tokenizer = load_tokenizer(arguments.model) if tokenizer_file(arguments.model) else None
-    return parse_token_ids(arguments.token_ids), tokenizer
+def find_tokenizer(arguments: argparse.Namespace):
+    """The directory's tokenizer: needed for a text, welcome with ids."""
+    if arguments.token_ids is None or tokenizer_file(arguments.model):
+        return load_tokenizer(arguments.model)
+    if arguments.stop:
+        raise PanguError(f"{arguments.model}: --stop needs a tokenizer, and there is none: add it or leave --stop out")
+    return None
+
+
+def read_prompt(arguments: argparse.Namespace, tokenizer, template, thinking: bool) -> list[int] | None:
+    """The ids of the prompt, through the template in a chat; None where a conversation will bring them."""
+    if arguments.token_ids is not None:
+        return parse_token_ids(arguments.token_ids)
+    if arguments.prompt is None and arguments.prompt_file is None:
+        return None
+    text = arguments.prompt if arguments.prompt_file is None else read_file(arguments.prompt_file)
+    if text == "":
+        raise PanguError(f"{arguments.prompt_file or '--prompt'} is empty: give at least one character")
+    if template is None:
+        return tokenizer.encode(text)
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    return template.render([*system, {"role": "user", "content": text}], thinking)
+
+
+def read_file(path: str) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PanguError(f"{path}: not UTF-8 at byte {error.start}: convert it") from None
+    except OSError as error:
+        raise PanguError(f"{path}: {error.strerror}: give a text file that can be read") from None
 
 
 def parse_token_ids(text: str) -> list[int]:
@@ -102,6 +186,43 @@ def parse_token_ids(text: str) -> list[int]:
         raise PanguError(f"--token-ids is {text!r}: wanted integers with commas between, such as 5,6,7") from None
 
 
-def one_line(error: PanguError) -> str:
-    """An error that lists several findings, one a line, on a single line."""
-    return "; ".join(line.strip() for line in str(error).splitlines()).replace(":; ", ": ")
+def numbers(pieces):
+    for i, piece in enumerate(pieces):
+        yield piece, ("," if i else "") + str(piece.token_id)
+
+
+def print_text(texts):
+    """Text to stdout as it comes -> the last piece."""
+    for piece, text in texts:
+        last = piece or last
+        print(text, end="", flush=True)
+    print()
+    return last
+
+
+def print_json(texts, tokenizer, parser: ReplyParser | None) -> None:
+    """One object with all of it; with a parser also what the reply is made of."""
+    new_ids, whole = [], ""
+    for piece, text in texts:
+        whole += text
+        if piece is not None:
+            last = piece
+            new_ids.append(piece.token_id)
+    result = {"token_ids": new_ids, "text": whole if tokenizer else None}
+    if parser:
+        parser.push(whole)
+        parser.flush()
+        result |= vars(parser.reply)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(result | {"stats": {name: getattr(last, name) for name in STATS} | {"peak_memory_bytes": peak}}))
+
+
+def show_stats(piece, more: bool = True) -> None:
+    """What had been spent at this piece, to stderr: a line, and with `more` a second."""
+    print(f"prefill {piece.prefill_tokens} tokens in {piece.prefill_seconds:.2f} s, decode {piece.decode_tokens} in "
+          f"{piece.decode_seconds:.2f} s, cache {piece.cache_bytes:,} bytes", file=sys.stderr)
+    if more:
+        depths = [f"depth {depth} {accepted} of {drafted} ({accepted / max(drafted, 1):.0%})"
+                  for depth, (drafted, accepted) in enumerate(zip(piece.drafted, piece.accepted), 1)]
+        print(f"{piece.tokens_per_second:.1f} tokens a second, drafts accepted: {', '.join(depths) or 'no drafts'}",
+              file=sys.stderr)

@@ -1,6 +1,6 @@
 """pangu-generate: what it prints, and that every bad input is one line on stderr and exit code 2.
 
-The model and the engine are stood in for, except in the tests of the real checkpoint at the end.
+The model and the engine are stood in for (conftest.py), except in the tests of the real checkpoint at the end.
 """
 import json
 import os
@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,33 +16,9 @@ from safetensors.numpy import load_file, save_file
 
 import pangu_ms
 from pangu_ms.generation.command import main
+from pangu_ms.generation.sampling import Sampling
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def engine(monkeypatch):
-    """A model that counts upwards from its prompt, in place of the real ones; records how it was called."""
-    calls = SimpleNamespace(loaded=None, eos_token_ids=None)
-
-    def from_pretrained(directory, dtype, progress):
-        calls.loaded = (directory, dtype, progress)
-        return "model"
-
-    def stream_generate(model, ids, max_new_tokens, *, eos_token_ids, on_prefill):
-        calls.eos_token_ids = eos_token_ids
-        for done in range(1, len(ids) + 1):
-            on_prefill(done, len(ids))
-        for i in range(max_new_tokens):
-            yield SimpleNamespace(token_id=ids[-1] + 1 + i, cache_bytes=100 + i, prefill_seconds=0.5,
-                                  decode_seconds=0.25 * i, prefill_tokens=len(ids), decode_tokens=i)
-
-    causal_lm, module = ModuleType("pangu_ms.model.causal_lm"), ModuleType("pangu_ms.generation.stream")
-    causal_lm.PanguForCausalLM = SimpleNamespace(from_pretrained=from_pretrained)
-    module.stream_generate = stream_generate
-    monkeypatch.setitem(sys.modules, causal_lm.__name__, causal_lm)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return calls
 
 
 @pytest.fixture
@@ -105,7 +80,8 @@ def test_json_is_one_object(engine, directory, capsys):
     shown = json.loads(capsys.readouterr().out)
     peak = shown["stats"].pop("peak_memory_bytes")
     assert shown == {"token_ids": [34, 35, 36], "text": "CDE", "stats": {
-        "prefill_seconds": 0.5, "prefill_tokens": 3, "decode_seconds": 0.5, "decode_tokens": 2, "cache_bytes": 102}}
+        "prefill_seconds": 0.5, "prefill_tokens": 3, "decode_seconds": 0.5, "decode_tokens": 2,
+        "tokens_per_second": 4.0, "cache_bytes": 102, "drafted": [4, 2], "accepted": [3, 0]}}
     assert 10 * 2**20 < peak < 2**40
 
 
@@ -116,12 +92,54 @@ def test_json_text_is_null_without_a_tokenizer(engine, directory, capsys):
     assert shown["token_ids"] == [6, 7, 8] and shown["text"] is None
 
 
+def test_default_is_greedy_without_drafts_and_masks_what_the_tokenizer_lacks(engine, directory):
+    assert run(directory, "--prompt", "AB") == 0
+    assert engine.options["sampling"] == Sampling(vocab_size=256) and engine.options["num_draft_tokens"] == 0
+    (directory / "tokenizer.json").unlink()
+    assert run(directory, "--token-ids", "5") == 0
+    assert engine.options["sampling"] == Sampling()
+
+
+def test_sampling_options_reach_the_engine(engine, directory):
+    assert run(directory, "--prompt", "AB", "--num-draft-tokens", "5", "--temperature", "0.7", "--top-k", "40",
+               "--top-p", "0.9", "--min-p", "0.1", "--repetition-penalty", "1.1", "--seed", "3") == 0
+    assert engine.options["sampling"] == Sampling(0.7, 40, 0.9, 0.1, 1.1, 3, 256)
+    assert engine.options["num_draft_tokens"] == 5
+
+
+def test_stop_strings(engine, directory, capsys):
+    assert run(directory, "--prompt", "AB", "--stop", "FG", "--stop", "xyz", "--json", new="20") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["text"] == "CDE" and shown["token_ids"] == [34, 35, 36, 37, 38], "the stop string has ids, no text"
+    assert run(directory, "--prompt", "AB", "--stop", "EF") == 0
+    assert capsys.readouterr().out == "CDE\n", "what was held back comes at the end"
+
+
+def test_stats_tell_of_drafts(engine, directory, capsys):
+    assert run(directory, "--prompt", "AB", "--stats") == 0
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "4.0 tokens a second, drafts accepted: depth 1 3 of 4 (75%), depth 2 0 of 2 (0%)")
+
+
+def test_prompt_file(engine, directory, tmp_path):
+    (tmp_path / "prompt.txt").write_text("AB")
+    assert run(directory, "--prompt-file", str(tmp_path / "prompt.txt")) == 0
+    assert engine.prompts == [[1, 32, 33]]
+
+
+def test_ctrl_c_ends_the_command(engine, directory, capsys):
+    engine.reply = [34, KeyboardInterrupt]
+    assert run(directory, "--prompt", "AB") == 130
+    shown = capsys.readouterr()
+    assert shown.out == "C" and "interrupted" in shown.err and "Traceback" not in shown.err
+
+
 def test_eos_ids_come_from_the_directory(engine, directory):
     assert run(directory, "--prompt", "AB") == 0
-    assert engine.eos_token_ids == (2,)
+    assert engine.options["eos_token_ids"] == (2,)
     (directory / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     assert run(directory, "--prompt", "AB") == 0
-    assert engine.eos_token_ids == (7, 8)
+    assert engine.options["eos_token_ids"] == (7, 8)
 
 
 def test_loading_and_prefill_show_progress_on_a_terminal(engine, directory, capsys, monkeypatch):
@@ -164,6 +182,42 @@ def test_bad_request(engine, directory, capsys, options, new, words):
     assert engine.loaded is None, "refused before the weights are read"
 
 
+@pytest.mark.parametrize("options, words", [
+    (["--temperature", "-1"], "temperature is -1.0: wanted 0 (greedy) or a positive number"),
+    (["--temperature", "nan"], "temperature is nan"),
+    (["--top-p", "0"], "top_p is 0.0: wanted"),
+    (["--top-k", "-1"], "top_k is -1: wanted"),
+    (["--min-p", "1"], "min_p is 1.0: wanted"),
+    (["--repetition-penalty", "0"], "repetition_penalty is 0.0: wanted"),
+    (["--seed", "-1"], "seed is -1: wanted"),
+    (["--stop", ""], "a stop string is empty"),
+    (["--num-draft-tokens", "-1"], "num_draft_tokens is -1: wanted"),
+])
+def test_bad_sampling(engine, directory, capsys, options, words):
+    assert words in refused(capsys, directory, "--prompt", "AB", *options)
+    assert engine.loaded is None, "refused before the weights are read"
+
+
+def test_drafts_without_mtp_layers(engine, directory, capsys):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    assert "no MTP layers" in refused(capsys, directory, "--prompt", "AB", "--num-draft-tokens", "1")
+    assert engine.loaded is None
+
+
+def test_stop_strings_without_a_tokenizer(engine, directory, capsys):
+    (directory / "tokenizer.json").unlink()
+    assert "--stop needs a tokenizer" in refused(capsys, directory, "--token-ids", "5", "--stop", "a")
+
+
+@pytest.mark.parametrize("content, words", [(None, "prompt.txt: No such file"), (b"", "prompt.txt is empty"),
+                                            (b"a\xff", "prompt.txt: not UTF-8 at byte 1")])
+def test_bad_prompt_file(engine, directory, capsys, tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "prompt.txt").write_bytes(content)
+    assert words in refused(capsys, directory, "--prompt-file", str(tmp_path / "prompt.txt"))
+
+
 def test_no_such_directory(engine, directory, capsys):
     assert "nowhere: no such directory" in refused(capsys, directory / "nowhere", "--token-ids", "5")
 
@@ -201,7 +255,12 @@ def test_bad_generation_config(engine, directory, capsys):
 
 @pytest.mark.parametrize("options", [
     [], ["--prompt", "A"], ["--max-new-tokens", "3"], ["--prompt", "A", "--token-ids", "1", "--max-new-tokens", "3"],
-    ["--prompt", "A", "--max-new-tokens", "many"], ["--prompt", "A", "--max-new-tokens", "3", "--dtype", "int8"]])
+    ["--prompt", "A", "--prompt-file", "f", "--max-new-tokens", "3"], ["--prompt", "A", "--max-new-tokens", "many"],
+    ["--prompt", "A", "--max-new-tokens", "3", "--system", "B"], ["--chat", "--prompt", "A"],
+    ["--prompt", "A", "--max-new-tokens", "3", "--thinking", "on"], ["--chat", "--max-new-tokens", "3", "--json"],
+    ["--chat", "--token-ids", "1", "--max-new-tokens", "3"],
+    ["--chat", "--prompt", "A", "--thinking", "no", "--max-new-tokens", "3"],
+    ["--prompt", "A", "--max-new-tokens", "3", "--dtype", "int8"]])
 def test_wrong_options(directory, capsys, options):
     with pytest.raises(SystemExit) as end:
         main(["--model", str(directory), *options])

@@ -1,0 +1,102 @@
+"""A conversation in a terminal: a line in, a reply as it comes, until the user leaves."""
+import contextlib
+import sys
+
+from pangu_ms.errors import PanguError, one_line
+from pangu_ms.generation.chat import ReplyParser
+
+with contextlib.suppress(ImportError):  # arrow keys and history while typing, where the platform has them
+    import readline  # noqa: F401
+
+COMMANDS = "/clear forgets the conversation, /thinking on|off, /exit; Ctrl-C ends a reply, Ctrl-D the program"
+
+
+def converse(template, stream, system=None, thinking=True, on_reply=None):
+    """Talks until /exit, Ctrl-D, or Ctrl-C twice at the prompt.
+
+    A message that is refused (a context that does not fit) is forgotten; a reply that is cut short stays as it is.
+
+    Args:
+        template (ChatTemplate):
+        stream: ids -> iterator of (piece, text), as `stream_text` gives them.
+        system (str): the system message.
+        thinking (bool): whether replies begin with reasoning; /thinking changes it.
+        on_reply: called with the last piece of each reply.
+    """
+    first = [] if system is None else [{"role": "system", "content": system}]
+    messages, interrupted = list(first), False
+    print(COMMANDS, file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            if interrupted:
+                return print()
+            interrupted = True
+            print("\nCtrl-C again, Ctrl-D or /exit ends the program", file=sys.stderr)
+            continue
+        except UnicodeDecodeError:
+            raise PanguError("standard input is not UTF-8: convert it") from None
+        interrupted = False
+        if line == "/exit":
+            return
+        if line == "/clear":
+            messages = list(first)
+        elif line in ("/thinking on", "/thinking off"):
+            thinking = line.endswith("on")
+        elif line.startswith("/"):
+            print(f"{line.split()[0]}: {COMMANDS}", file=sys.stderr)
+        elif line:
+            user = {"role": "user", "content": line}
+            try:
+                reply, piece = show_reply(stream(template.render([*messages, user], thinking)), ReplyParser(thinking))
+            except PanguError as error:
+                print(f"error: {one_line(error)}; /clear forgets the conversation", file=sys.stderr)
+                continue
+            if piece is not None:
+                messages += [user, reply.message()]
+                if on_reply is not None:
+                    on_reply(piece)
+
+
+def show_reply(texts, parser):
+    """Shows a reply as it comes; Ctrl-C ends it.
+
+    Args:
+        texts: iterator of (piece, text), as `stream_text` gives them.
+        parser (ReplyParser): a new one.
+
+    Returns:
+        (reply, piece): the `Reply` as far as it came, and its last piece, None when it was ended before the first.
+    """
+    last, part = None, None
+    try:
+        for piece, text in texts:
+            last = piece or last
+            part = _show(parser.push(text), part)
+    except KeyboardInterrupt:
+        print(" ...", end="", file=sys.stderr)
+    _show(parser.flush(), part)
+    print(flush=True)
+    for call in parser.reply.tool_calls:
+        if "error" in call:
+            print(f"a tool call is broken: {call['error']}", file=sys.stderr)
+    return parser.reply, last
+
+
+def _show(parts, part):
+    """Answer and tool calls to stdout, reasoning to stderr: dim on a terminal, out of the way of a pipe.
+
+    `part` was shown before; the part shown last is returned.
+    """
+    for following, text in parts:
+        if following == "reasoning":
+            print(f"\033[2m{text}\033[0m" if sys.stderr.isatty() else text, end="", file=sys.stderr, flush=True)
+        else:
+            if part == "reasoning":
+                print(file=sys.stderr, flush=True)
+            print(text, end="", flush=True)
+        part = following
+    return part

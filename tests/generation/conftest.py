@@ -1,0 +1,41 @@
+"""What the tests of the command share: an engine that needs no model."""
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from pangu_ms.config import PanguConfig
+from pangu_ms.generation.request import check_request
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A model that counts upwards from its prompt, in place of the real ones; records how it was called.
+
+    calls.reply, where set, is what it says instead: ids, or an exception to raise on the way.
+    """
+    calls = SimpleNamespace(loaded=None, prompts=[], options=None, reply=None)
+
+    def from_pretrained(directory, dtype, progress):
+        calls.loaded = (directory, dtype, progress)
+        return "model"
+
+    def stream_generate(model, ids, max_new_tokens, *, on_prefill, **options):
+        check_request(PanguConfig.from_pretrained(calls.loaded[0]), ids, max_new_tokens)
+        calls.prompts.append(ids)
+        calls.options = options
+        for done in range(1, len(ids) + 1):
+            on_prefill(done, len(ids))
+        for i, token_id in enumerate(calls.reply or range(ids[-1] + 1, ids[-1] + 1 + max_new_tokens)):
+            if isinstance(token_id, type):
+                raise token_id
+            yield SimpleNamespace(token_id=token_id, source=0, tokens_per_second=4.0, cache_bytes=100 + i,
+                                  prefill_seconds=0.5, decode_seconds=0.25 * i, prefill_tokens=len(ids),
+                                  decode_tokens=i, drafted=(4, 2), accepted=(3, 0))
+
+    causal_lm, module = ModuleType("pangu_ms.model.causal_lm"), ModuleType("pangu_ms.generation.stream")
+    causal_lm.PanguForCausalLM = SimpleNamespace(from_pretrained=from_pretrained)
+    module.stream_generate = stream_generate
+    monkeypatch.setitem(sys.modules, causal_lm.__name__, causal_lm)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
