@@ -1,8 +1,7 @@
 """Multi-head latent attention with learned sinks and short convolutions; full, sliding-window or DSA (sections 4 to 6).
 
 Keys and values are kept as latent rows [kv_lora_rank | qk_rope_head_dim]: the normed latent, then the rotated key part
-that all heads share. Two forms of one function read them: `expanded` multiplies every row out to keys and values of
-each head, `absorbed` moves that product to the query and the output, so that rows are read as they lie in the cache.
+that all heads share. The operators `expanded` and `absorbed` attention are two forms of one function that reads them.
 """
 import mindspore as ms
 from mindspore import nn, ops
@@ -13,8 +12,7 @@ from pangu_ms.model.indexer import Indexer
 from pangu_ms.model.linear import Linear, parameter
 from pangu_ms.model.norm import RMSNorm
 from pangu_ms.ops import operator
-
-MASKED = float("-inf")
+from pangu_ms.ops.portable import MASKED
 
 
 class Attention(nn.Cell):
@@ -23,10 +21,10 @@ class Attention(nn.Cell):
     def __init__(self, config, plan):
         super().__init__()
         self.heads, self.nope, self.rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
-        self.value, self.latent, self.topk = config.v_head_dim, config.kv_lora_rank, config.index_topk
+        self.latent, self.topk = config.kv_lora_rank, config.index_topk
         self.windowed, self.dsa = plan.window is not None, plan.kind == "dsa"
         self.visible, self.order, self.slot = (f"{what}_{plan.window}" for what in ("visible", "order", "slot"))
-        hidden, q_rank, out = config.hidden_size, config.q_lora_rank, self.heads * self.value
+        hidden, q_rank, out = config.hidden_size, config.q_lora_rank, self.heads * config.v_head_dim
         self.q_a_proj = Linear(hidden, q_rank, config)
         self.qa_conv = ShortConv(q_rank, config)
         self.q_a_layernorm = RMSNorm(q_rank, config)
@@ -34,7 +32,7 @@ class Attention(nn.Cell):
         self.kv_a_proj_with_mqa = Linear(hidden, self.latent + self.rope, config)
         self.compresskv_conv = ShortConv(self.latent, config)
         self.kv_a_layernorm = RMSNorm(self.latent, config)
-        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value), config)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + config.v_head_dim), config)
         self.param_sink_compressed_kv = parameter((config.param_sink_number, self.latent), config)
         self.param_sink_k_pe = parameter((config.param_sink_number, self.rope), config)
         self.o_conv = ShortConv(out, config)
@@ -42,14 +40,16 @@ class Attention(nn.Cell):
         if self.dsa:
             self.indexer = Indexer(config)
         self.scale = (self.nope + self.rope) ** -0.5
-        self.rotate, self.softmax, self.top_k = operator("rotate"), operator("softmax"), operator("top_k")
+        self.rotate, self.top_k = operator("rotate", config.compute_dtype), operator("top_k", config.compute_dtype)
+        self.absorbed = operator("absorbed_attention", config.compute_dtype)
+        self.expanded = operator("expanded_attention", config.compute_dtype)
 
     def construct(self, x, rows, memory):
         """x [B, T, H], normed -> y [B, T, H], and for DSA without a cache the indexer's scores and selection [B, T, T].
 
         memory: None, or this layer's tensors (latent, q taps, kv taps, o taps[, indexer keys]), updated in place.
         """
-        q_latent, q_nope, q_pe, row = self._project(x, rows, memory)
+        q_latent, q, row = self._project(x, rows, memory)
         scores, selected = (), ()
         if memory is None:
             keys, visible = row, rows[self.visible]
@@ -72,24 +72,23 @@ class Attention(nn.Cell):
                     keys = _gather_rows(cached, chosen)                         # [B, T, K, D]
                     # A query with fewer earlier rows than K is given masked ones too: they stay masked.
                     visible = self._with_sinks(chosen <= ops.expand_dims(rows["position"], 2))
-        if rows["decode"] or keys.ndim == 4:
-            out = self.absorbed(q_nope, q_pe, keys, visible)
-        else:
-            out = self.expanded(q_nope, q_pe, keys, visible)
+        attend = self.absorbed if rows["decode"] or keys.ndim == 4 else self.expanded
+        out = attend(q, self._sink_rows(), keys, visible, self.kv_b_proj.weight, self.scale)    # [B, T, heads * value]
         out = self.o_conv(out, self._past(out, memory, O_TAPS, rows), rows["conv_open"])
         return self.o_proj(out), scores, selected
 
     def _project(self, x, rows, memory):
-        """-> q_latent [B, T, q_lora_rank], q_nope and q_pe [B, T, heads, .], the new latent rows [B, T, D]."""
+        """-> q_latent [B, T, q_lora_rank], q [B, T, heads, nope + rope], the new latent rows [B, T, D]."""
         q_in, kv = self.q_a_proj(x), self.kv_a_proj_with_mqa(x)
         latent, k_pe = kv[..., :self.latent], kv[..., self.latent:]
         q_in = self.qa_conv(q_in, self._past(q_in, memory, Q_TAPS, rows), rows["conv_open"])
         latent = self.compresskv_conv(latent, self._past(latent, memory, KV_TAPS, rows), rows["conv_open"])
         q_latent = self.q_a_layernorm(q_in)
         q = ops.reshape(self.q_b_proj(q_latent), (x.shape[0], -1, self.heads, self.nope + self.rope))
-        k_pe = ops.squeeze(self.rotate(ops.expand_dims(k_pe, 2), rows["cos"], rows["sin"]), 2)
+        q = self.rotate(q, rows["cos"], rows["sin"], self.nope)
+        k_pe = ops.squeeze(self.rotate(ops.expand_dims(k_pe, 2), rows["cos"], rows["sin"], 0), 2)
         row = ops.cat((self.kv_a_layernorm(latent), k_pe), -1)
-        return q_latent, q[..., :self.nope], self.rotate(q[..., self.nope:], rows["cos"], rows["sin"]), row
+        return q_latent, q, row
 
     def _past(self, new, memory, site, rows):
         """The convolution inputs before this call: from the taps, or zeros, which the start rule never lets in."""
@@ -117,50 +116,6 @@ class Attention(nn.Cell):
     def _with_sinks(self, visible):
         always = ops.ones(visible.shape[:2] + self.param_sink_k_pe.shape[:1], visible.dtype)
         return ops.expand_dims(ops.cat((always, visible), 2), 2)
-
-    def expanded(self, q_nope, q_pe, keys, visible):
-        """keys [B, S, D]; visible [B, T, 1, sinks + S] -> [B, T, heads * v_head_dim]."""
-        batch = keys.shape[0]
-        sinks = ops.tile(ops.expand_dims(self._sink_rows(), 0), (batch, 1, 1))
-        keys = ops.cat((sinks, keys), 1)                                        # [B, sinks + S, D]
-        kv = ops.reshape(self.kv_b_proj(keys[..., :self.latent]), (batch, -1, self.heads, self.nope + self.value))
-        kv = ops.transpose(kv, (0, 2, 1, 3))                                    # [B, heads, sinks + S, nope + value]
-        k_pe = ops.expand_dims(keys[..., self.latent:], 1)                      # [B, 1, sinks + S, rope]
-        product = ops.BatchMatMul(transpose_b=True)
-        score = product(ops.transpose(q_nope, (0, 2, 1, 3)), kv[..., :self.nope])
-        score = score + ops.matmul(ops.transpose(q_pe, (0, 2, 1, 3)), ops.swapaxes(k_pe, 2, 3))
-        prob = self._softmax(score, ops.transpose(visible, (0, 2, 1, 3)))       # [B, heads, T, sinks + S]
-        out = ops.transpose(ops.matmul(prob, kv[..., self.nope:]), (0, 2, 1, 3))
-        return ops.reshape(out, (batch, -1, self.heads * self.value))
-
-    def absorbed(self, q_nope, q_pe, keys, visible):
-        """keys [B, S, D], or [B, T, K, D] when each query has its own; visible [B, T, 1, sinks + S] -> as `expanded`."""
-        batch, width = q_nope.shape[0], self.latent + self.rope
-        keys = ops.reshape(keys, (-1,) + keys.shape[-2:])                       # [G, S, D]: G = B or B * T
-        groups = keys.shape[0]
-        keys = ops.cat((ops.tile(ops.expand_dims(self._sink_rows(), 0), (groups, 1, 1)), keys), 1)
-        up = ops.reshape(self.kv_b_proj.weight, (self.heads, self.nope + self.value, self.latent))
-        q_latent = _by_head(ops.matmul, q_nope, up[:, :self.nope])              # [B, T, heads, latent]
-        q = ops.reshape(ops.cat((q_latent, q_pe), -1), (groups, -1, width))     # [G, T * heads or heads, D]
-        score = ops.BatchMatMul(transpose_b=True)(q, keys)
-        score = ops.reshape(score, (batch, -1, self.heads, keys.shape[1]))      # [B, T, heads, sinks + S]
-        prob = ops.reshape(self._softmax(score, visible), (groups, -1, keys.shape[1]))
-        out = ops.reshape(ops.matmul(prob, keys)[..., :self.latent], (batch, -1, self.heads, self.latent))
-        out = _by_head(ops.BatchMatMul(transpose_b=True), out, up[:, self.nope:])           # [B, T, heads, value]
-        return ops.reshape(out, (batch, -1, self.heads * self.value))
-
-    def _softmax(self, score, visible):
-        score = ops.cast(score, ms.float32) * self.scale
-        score = ops.select(ops.broadcast_to(visible, score.shape), score, ops.full_like(score, MASKED))
-        return ops.cast(self.softmax(score), self.kv_b_proj.weight.dtype)
-
-
-def _by_head(product, x, weight):
-    """x [B, T, heads, I] by one matrix for each head -> [B, T, heads, O]."""
-    b, _, heads, width = x.shape
-    x = ops.reshape(ops.transpose(x, (2, 0, 1, 3)), (heads, -1, width))         # [heads, B * T, I]
-    y = product(x, weight)
-    return ops.transpose(ops.reshape(y, (heads, b, -1, y.shape[-1])), (1, 2, 0, 3))
 
 
 def _gather_rows(cached, chosen):

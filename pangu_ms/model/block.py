@@ -3,9 +3,10 @@ from mindspore import nn, ops
 
 from pangu_ms.model.attention import Attention
 from pangu_ms.model.feed_forward import FeedForward
-from pangu_ms.model.hyper_connection import HyperConnection, flatten_streams
+from pangu_ms.model.hyper_connection import HyperConnection
 from pangu_ms.model.moe import MoE
 from pangu_ms.model.norm import RMSNorm
+from pangu_ms.ops.hyper_connection import flatten
 
 
 class Block(nn.Cell):
@@ -43,5 +44,5 @@ class Block(nn.Cell):
         streams = self.mlp_mhc_module.write(self.post_mlp_layernorm(mlp), post, mix, streams)
 
         if self.last_norm:                                                      # one norm over all N * H values
-            streams = ops.reshape(self.block_post_layernorm(flatten_streams(streams)), streams.shape)
+            streams = ops.reshape(self.block_post_layernorm(flatten(streams)), streams.shape)
         return streams, (attn, scores, selected, mlp, ids, weights)

@@ -1,8 +1,8 @@
 """MoME: the depthwise causal convolution with a residual at three sites of every layer (section 4)."""
-import mindspore as ms
-from mindspore import nn, ops
+from mindspore import nn
 
 from pangu_ms.model.linear import parameter
+from pangu_ms.ops import operator
 
 
 class ShortConv(nn.Cell):
@@ -16,13 +16,8 @@ class ShortConv(nn.Cell):
         super().__init__()
         self.width = config.router_sliding_window
         self.weight = parameter((channels, 1, self.width), config)
+        self.short_conv = operator("short_conv", config.compute_dtype)
 
     def construct(self, x, past, open_):
         """x [B, T, C]; past [B, P, C], P >= k-1, the inputs right before x; open_ bool [B, T, 1]: position >= k-1."""
-        seen = ops.cast(ops.cat((past, x), 1), ms.float32)                      # [B, P + T, C]
-        weight = ops.cast(ops.reshape(self.weight, (-1, self.width)), ms.float32)
-        first = past.shape[1] - self.width + 1
-        y = ops.cast(x, ms.float32) * weight[:, self.width - 1]
-        for j in range(self.width - 1):                                         # the last tap is the current token
-            y = y + seen[:, first + j:j + 1 - self.width] * weight[:, j]
-        return ops.cast(ops.cast(x, ms.float32) + ops.select(open_, y, ops.zeros_like(y)), x.dtype)
+        return self.short_conv(x, past, self.weight, open_)

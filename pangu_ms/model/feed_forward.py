@@ -13,7 +13,7 @@ class FeedForward(nn.Cell):
         self.gate_proj = Linear(config.hidden_size, width, config)
         self.up_proj = Linear(config.hidden_size, width, config)
         self.down_proj = Linear(width, config.hidden_size, config)
-        self.swiglu = operator("swiglu")
+        self.feed_forward = operator("feed_forward", config.compute_dtype)
 
     def construct(self, x):
-        return self.down_proj(self.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)

@@ -3,6 +3,8 @@ import mindspore as ms
 from mindspore import nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from pangu_ms.ops import operator
+
 
 def parameter(shape, config, dtype=None, init=None):
     """A trainable Parameter, by default of the model's compute dtype and drawn from normal(0, initializer_range)."""
@@ -16,9 +18,10 @@ class Linear(nn.Cell):
     def __init__(self, in_features, out_features, config, dtype=None):
         super().__init__()
         self.weight = parameter((out_features, in_features), config, dtype)
+        self.linear = operator("linear", self.weight.dtype)
 
     def construct(self, x):
-        return ops.dense(x, self.weight)
+        return self.linear(x, self.weight)
 
 
 class Embedding(nn.Cell):

@@ -22,7 +22,8 @@ class Experts(nn.Cell):
         self.gate_proj = Stack(count, hidden, width, config)
         self.up_proj = Stack(count, hidden, width, config)
         self.down_proj = Stack(count, width, hidden, config)
-        self.few_tokens, self.many_tokens = operator("few_tokens"), operator("many_tokens")
+        self.few_tokens = operator("few_tokens", config.compute_dtype)
+        self.many_tokens = operator("many_tokens", config.compute_dtype)
 
     def construct(self, x, ids, weights, decode):
         product = self.few_tokens if decode else self.many_tokens
@@ -32,22 +33,18 @@ class Experts(nn.Cell):
 class MoE(nn.Cell):
     def __init__(self, config):
         super().__init__()
-        self.choices, self.normalise = config.num_experts_per_tok, config.norm_topk_prob
-        self.scale = config.routed_scaling_factor
+        self.normalise = config.norm_topk_prob
+        self.scale = ms.Tensor([config.routed_scaling_factor] * config.num_experts_per_tok, ms.float32)  # by choice
         self.gate = Linear(config.hidden_size, config.n_routed_experts, config, ms.float32)
         self.e_score_correction_bias = parameter((config.n_routed_experts,), config, ms.float32, "zeros")
         self.experts = Experts(config)
         self.shared_experts = FeedForward(config.moe_intermediate_size * config.n_shared_experts, config)
-        self.sigmoid, self.top_k = operator("sigmoid"), operator("top_k")
+        self.route = operator("route", ms.float32)
 
     def construct(self, x, decode):
         """x [B, T, H] -> y [B, T, H], and the routing: expert ids int32 [B*T, K], weights float32 [B*T, K]."""
         rows = ops.reshape(x, (-1, x.shape[-1]))                                # [B*T, H]
-        score = self.sigmoid(self.gate(ops.cast(rows, ms.float32)))              # [B*T, E]
-        ids = self.top_k(score + self.e_score_correction_bias, self.choices)    # the bias selects, it does not weigh
-        weights = ops.gather_elements(score, 1, ids)
-        if self.normalise:
-            weights = weights / (ops.sum(weights, -1, keepdim=True) + 1e-20)
-        weights = weights * self.scale
+        logits = self.gate(ops.cast(rows, ms.float32))                          # [B*T, E]
+        ids, weights = self.route(logits, self.e_score_correction_bias, self.scale, self.normalise)
         y = self.experts(rows, ids, weights, decode) + self.shared_experts(rows)
         return ops.reshape(y, x.shape), ids, weights

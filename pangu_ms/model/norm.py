@@ -12,7 +12,7 @@ class RMSNorm(nn.Cell):
         super().__init__()
         self.eps = config.rms_norm_eps if eps is None else eps
         self.weight = parameter((dim,), config, init="ones")
-        self.rms_norm = operator("rms_norm")
+        self.rms_norm = operator("rms_norm", config.compute_dtype)
 
     def construct(self, x):
         return self.rms_norm(x, self.weight, self.eps)

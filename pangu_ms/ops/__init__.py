@@ -1,21 +1,51 @@
-"""Operators that differ by device, and the one table that chooses among their forms."""
+"""Operators that differ by device, and the one table that chooses among their forms.
+
+A small operator has a plain form and a fused one for Ascend. A composed operator has one plain form, which is made of
+the device's small operators. Either may have a compiled form for the CPU, by its name in the library.
+"""
+import mindspore as ms
 from mindspore import context
 
-from pangu_ms.ops import ascend, experts, portable
+from pangu_ms.ops import ascend, attention, compiled, experts, hyper_connection, portable, router
 
-_FORMS = {
-    # operator: (portable form, Ascend form)
-    "rms_norm": (portable.rms_norm, ascend.rms_norm),
-    "swiglu": (portable.swiglu, ascend.swiglu),
-    "softmax": (portable.softmax, ascend.softmax),
-    "sigmoid": (portable.sigmoid, ascend.sigmoid),
-    "rotate": (portable.rotate, portable.rotate),
-    "top_k": (portable.top_k, portable.top_k),
-    "few_tokens": (experts.few_tokens, experts.few_tokens),
-    "many_tokens": (experts.many_tokens, experts.many_tokens),
+_SMALL = {
+    # operator: (portable form, Ascend form, compiled form)
+    "linear": (portable.linear, portable.linear, "Linear"),
+    "rms_norm": (portable.rms_norm, ascend.rms_norm, "RmsNorm"),
+    "swiglu": (portable.swiglu, ascend.swiglu, "Swiglu"),
+    "softmax": (portable.softmax, ascend.softmax, None),
+    "sigmoid": (portable.sigmoid, ascend.sigmoid, None),
+    "rotate": (portable.rotate, portable.rotate, "Rotate"),
+    "short_conv": (portable.short_conv, portable.short_conv, "ShortConv"),
+    "top_k": (portable.top_k, portable.top_k, None),
+    "hyper_connection_write": (hyper_connection.write, hyper_connection.write, "HyperConnectionWrite"),
+}
+_COMPOSED = {
+    # operator: (function of the device's small operators that makes the plain form, compiled form)
+    "hyper_connection_read": (hyper_connection.read, "HyperConnectionRead"),
+    "hyper_connection_merge": (hyper_connection.merge, "HyperConnectionMerge"),
+    "masked_softmax": (attention.masked_softmax, "MaskedSoftmax"),
+    "absorbed_attention": (attention.absorbed, "AbsorbedAttention"),
+    "expanded_attention": (attention.expanded, None),
+    "route": (router.route, "Route"),
+    "few_tokens": (experts.few_tokens, "Experts"),
+    "many_tokens": (experts.many_tokens, "Experts"),
+    "feed_forward": (experts.feed_forward, "FeedForward"),
 }
 
 
-def operator(name):
-    """The form of operator `name` for the device that is set when a cell is made."""
-    return _FORMS[name][context.get_context("device_target") == "Ascend"]
+def operator(name, dtype):
+    """The form of operator `name` for the device that is set when a cell is made, and the dtype it will compute in.
+
+    dtype: a MindSpore dtype or its name.
+    """
+    ascend_device = context.get_context("device_target") == "Ascend"
+    if name in _SMALL:
+        plain, fused, function = _SMALL[name]
+        plain = fused if ascend_device else plain
+    else:
+        make, function = _COMPOSED[name]
+        plain = make(lambda small: operator(small, dtype))
+    if function and not ascend_device and dtype in ("float32", ms.float32) and compiled.available():
+        return compiled.form(function, plain)
+    return plain

@@ -1,10 +1,17 @@
-"""The operators that differ by device, in plain MindSpore: the form that the tests prove right.
+"""The small operators in plain MindSpore: the forms that the tests prove right.
 
-Each computes in float32 whatever its inputs and gives its result in the dtype of its first argument, except
-`top_k`. All are differentiable, except in integer arguments.
+Each computes in float32 whatever its inputs and gives its result in the dtype of its first argument, except `top_k`.
+All are differentiable, except in integer arguments.
 """
 import mindspore as ms
 from mindspore import ops
+
+MASKED = float("-inf")
+
+
+def linear(x, weight):
+    """x [..., I], weight [O, I] -> [..., O], in the dtype of both."""
+    return ops.dense(x, weight)
 
 
 def rms_norm(x, weight, eps):
@@ -34,10 +41,34 @@ def sigmoid(x):
     return ops.cast(ops.sigmoid(ops.cast(x, ms.float64)), ms.float32)
 
 
-def rotate(x, cos, sin):
-    """Half-split rotary embedding: dimension i is paired with i + D/2. x [..., D], cos and sin [..., D/2], float32."""
-    first, second = ops.split(ops.cast(x, ms.float32), x.shape[-1] // 2, -1)
-    return ops.cast(ops.cat((first * cos - second * sin, second * cos + first * sin), -1), x.dtype)
+def rotate(x, cos, sin, start):
+    """Half-split rotary embedding of the dimensions start .. start + 2h - 1; the others stay as they are.
+
+    Dimension start + i is paired with start + i + h. x [B, T, heads, D], cos and sin [B, T, 1, h], float32.
+    """
+    wide, half = ops.cast(x, ms.float32), cos.shape[-1]
+    first, second = wide[..., start:start + half], wide[..., start + half:start + 2 * half]
+    parts = (first * cos - second * sin, second * cos + first * sin)
+    if start > 0:
+        parts = (wide[..., :start],) + parts
+    if start + 2 * half < x.shape[-1]:
+        parts = parts + (wide[..., start + 2 * half:],)
+    return ops.cast(ops.cat(parts, -1), x.dtype)
+
+
+def short_conv(x, past, weight, open_):
+    """y_t = x_t + sum_j weight[:, j] * x_{t-k+1+j} where open_, else x_t.
+
+    x [B, T, C]; past [B, P, C], P >= k-1, the inputs right before x; weight [C, 1, k]; open_ bool [B, T, 1].
+    """
+    channels, _, width = weight.shape
+    seen = ops.cast(ops.cat((past, x), 1), ms.float32)                          # [B, P + T, C]
+    weight = ops.cast(ops.reshape(weight, (channels, width)), ms.float32)
+    first = past.shape[1] - width + 1
+    y = ops.cast(x, ms.float32) * weight[:, width - 1]
+    for j in range(width - 1):                                                  # the last tap is the current token
+        y = y + seen[:, first + j:j + 1 - width] * weight[:, j]
+    return ops.cast(ops.cast(x, ms.float32) + ops.select(open_, y, ops.zeros_like(y)), x.dtype)
 
 
 def top_k(scores, k):

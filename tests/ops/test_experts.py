@@ -32,7 +32,7 @@ def test_against_a_loop(form, tokens, routing):
 class Product(ms.nn.Cell):
     def __init__(self, form):
         super().__init__()
-        self.form = operators.operator(form)
+        self.form = operators.operator(form, "float32")
 
     def construct(self, x, ids, weights, gate, up, down):
         return self.form(x, ids, weights, gate, up, down)

@@ -1,0 +1,76 @@
+"""Latent attention over rows [kv_lora_rank | qk_rope_head_dim] and learned sinks: two plain forms of one function.
+
+    q [B, T, heads, nope + rope], turned; sinks [S0, D], normed; keys [B, S, D], D = latent + rope;
+    visible bool [B, T, 1, S0 + S]; kv_b [heads * (nope + value), latent] -> [B, T, heads * value]
+
+`expanded` multiplies every row out to keys and values of each head; `absorbed` moves that product to the query and the
+output, so that rows are read as they lie in the cache, and each query may have its own: keys [B, T, S, D].
+"""
+import mindspore as ms
+from mindspore import ops
+
+from pangu_ms.ops.portable import MASKED
+
+
+def masked_softmax(small):
+    softmax = small("softmax")
+
+    def form(score, visible, scale):
+        """Over the last axis of score [A, B, C, S] * scale, where visible, bool; its other axes as in score or 1."""
+        wide = ops.cast(score, ms.float32) * scale
+        wide = ops.select(ops.broadcast_to(visible, wide.shape), wide, ops.full_like(wide, MASKED))
+        return ops.cast(softmax(wide), score.dtype)
+
+    return form
+
+
+def expanded(small):
+    linear, masked_softmax = small("linear"), small("masked_softmax")
+
+    def form(q, sinks, keys, visible, kv_b, scale):
+        batch, _, heads, width = q.shape
+        latent = kv_b.shape[1]
+        nope = width - (keys.shape[-1] - latent)
+        keys = ops.cat((ops.tile(ops.expand_dims(sinks, 0), (batch, 1, 1)), keys), 1)       # [B, S0 + S, D]
+        kv = ops.reshape(linear(keys[..., :latent], kv_b), (batch, -1, heads, kv_b.shape[0] // heads))
+        kv = ops.transpose(kv, (0, 2, 1, 3))                                    # [B, heads, S0 + S, nope + value]
+        k_pe = ops.expand_dims(keys[..., latent:], 1)                           # [B, 1, S0 + S, rope]
+        q = ops.transpose(q, (0, 2, 1, 3))                                      # [B, heads, T, nope + rope]
+        score = ops.BatchMatMul(transpose_b=True)(q[..., :nope], kv[..., :nope])
+        score = score + ops.matmul(q[..., nope:], ops.swapaxes(k_pe, 2, 3))
+        prob = masked_softmax(score, ops.transpose(visible, (0, 2, 1, 3)), scale)           # [B, heads, T, S0 + S]
+        out = ops.transpose(ops.matmul(prob, kv[..., nope:]), (0, 2, 1, 3))
+        return ops.reshape(out, (batch, -1, heads * out.shape[-1]))
+
+    return form
+
+
+def absorbed(small):
+    masked_softmax = small("masked_softmax")
+
+    def form(q, sinks, keys, visible, kv_b, scale):
+        batch, _, heads, width = q.shape
+        latent = kv_b.shape[1]
+        nope = width - (keys.shape[-1] - latent)
+        up = ops.reshape(kv_b, (heads, -1, latent))                             # [heads, nope + value, latent]
+        keys = ops.reshape(keys, (-1,) + keys.shape[-2:])                       # [G, S, D]: G = B or B * T
+        groups = keys.shape[0]
+        keys = ops.cat((ops.tile(ops.expand_dims(sinks, 0), (groups, 1, 1)), keys), 1)
+        q_latent = _by_head(ops.matmul, q[..., :nope], up[:, :nope])            # [B, T, heads, latent]
+        q = ops.reshape(ops.cat((q_latent, q[..., nope:]), -1), (groups, -1, keys.shape[-1]))
+        score = ops.BatchMatMul(transpose_b=True)(q, keys)                      # [G, T * heads or heads, S0 + S]
+        score = ops.reshape(score, (batch, -1, heads, keys.shape[1]))           # [B, T, heads, S0 + S]
+        prob = ops.reshape(masked_softmax(score, visible, scale), (groups, -1, keys.shape[1]))
+        out = ops.reshape(ops.matmul(prob, keys)[..., :latent], (batch, -1, heads, latent))
+        out = _by_head(ops.BatchMatMul(transpose_b=True), out, up[:, nope:])    # [B, T, heads, value]
+        return ops.reshape(out, (batch, -1, heads * out.shape[-1]))
+
+    return form
+
+
+def _by_head(product, x, weight):
+    """x [B, T, heads, I] by one matrix for each head -> [B, T, heads, O]."""
+    b, _, heads, width = x.shape
+    x = ops.reshape(ops.transpose(x, (2, 0, 1, 3)), (heads, -1, width))         # [heads, B * T, I]
+    y = product(x, weight)
+    return ops.transpose(ops.reshape(y, (heads, b, -1, y.shape[-1])), (1, 2, 0, 3))

@@ -1,0 +1,53 @@
+// What MindSpore hands to a compiled operator, and the shapes it asks for beforehand.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+// One launch: inputs, then outputs. Scalar arguments are inputs without dimensions.
+struct Call {
+    int count;
+    void** data;
+    int* ndims;
+    int64_t** shapes;
+    const char** dtypes;
+
+    float* floats(int i) const { return static_cast<float*>(data[i]); }
+    const int32_t* ints(int i) const { return static_cast<const int32_t*>(data[i]); }
+    const bool* bools(int i) const { return static_cast<const bool*>(data[i]); }
+    float real(int i) const { return *static_cast<const float*>(data[i]); }
+    int64_t whole(int i) const { return *static_cast<const int64_t*>(data[i]); }
+    int64_t dim(int i, int axis) const { return shapes[i][axis < 0 ? ndims[i] + axis : axis]; }
+    int64_t size(int i) const {
+        int64_t n = 1;
+        for (int a = 0; a < ndims[i]; a++) n *= shapes[i][a];
+        return n;
+    }
+    bool known_dtypes() const {  // float16 or float64 would be read as garbage
+        for (int i = 0; i < count; i++) {
+            bool known = false;
+            for (const char* name : {"float32", "int32", "int64", "bool"}) known |= !strcmp(dtypes[i], name);
+            if (!known) return false;
+        }
+        return true;
+    }
+};
+
+using Shape = std::vector<int64_t>;
+
+// Defines the entry `Name(const Call& call)` that MindSpore finds by its name; nonzero fails the graph.
+#define OPERATOR(Name)                                                                                        \
+    static void Name##_run(const Call& call);                                                                 \
+    extern "C" int Name(int count, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) { \
+        Call call{count, data, ndims, shapes, dtypes};                                                        \
+        if (!call.known_dtypes()) return 1;                                                                   \
+        Name##_run(call);                                                                                     \
+        return 0;                                                                                             \
+    }                                                                                                         \
+    static void Name##_run(const Call& call)
+
+// Shapes of the outputs from those of the inputs; -1 stands for a dimension that is not known yet.
+#define ONE_SHAPE(Name) extern "C" Shape Name##InferShape(int* ndims, int64_t** shapes, void*)
+#define MANY_SHAPES(Name) extern "C" std::vector<Shape> Name##InferShape(int* ndims, int64_t** shapes, void*)
+
+inline Shape shape_of(int i, int* ndims, int64_t** shapes) { return Shape(shapes[i], shapes[i] + ndims[i]); }

@@ -1,0 +1,42 @@
+// x [..., K], weight [N, K] -> y [..., N]
+#include <algorithm>
+
+#include "call.h"
+#include "product.h"
+#include "threads.h"
+
+OPERATOR(Linear) {
+    const int64_t k = call.dim(1, 1), n = call.dim(1, 0), m = call.size(0) / k;
+    const float *x = call.floats(0), *weight = call.floats(1);
+    float* y = call.floats(2);
+    if (m <= FEW) {
+        in_chunks(n, k, [=](int64_t first, int64_t last) {
+            few_dots(weight, first, last, x, m, k, [=](int64_t row, int64_t token, float v) { y[token * n + row] = v; });
+        });
+        return;
+    }
+    const int64_t panels = panels_of(m);
+    float* packed = scratch(OPERATOR_OWN, panels * k * LANES);
+    parallel(panels, [=](int64_t p) {
+        pack_panel([=](int64_t lane) { return p * LANES + lane < m ? x + (p * LANES + lane) * k : nullptr; }, k,
+                   packed + p * k * LANES);
+    });
+    // Blocks of panels that stay in the second-level cache, times blocks of weight rows.
+    const int64_t depth = std::max<int64_t>(2, 131072 / (k * LANES) / 2 * 2), wide = 64;
+    const int64_t blocks = (panels + depth - 1) / depth, columns = (n + wide - 1) / wide;
+    parallel(blocks * columns, [=](int64_t item) {
+        const int64_t from = item / columns * depth, first = item % columns * wide;
+        many_dots(weight, first, std::min(first + wide, n), packed + from * k * LANES,
+                  std::min(depth, panels - from), k, [=](int64_t row, int rows, int64_t panel, const Lanes* v) {
+            const int64_t start = (from + panel) * LANES;
+            for (int64_t t = 0; t < LANES && start + t < m; t++)
+                for (int r = 0; r < rows; r++) y[(start + t) * n + row + r] = v[r][t];
+        });
+    });
+}
+
+ONE_SHAPE(Linear) {
+    Shape shape = shape_of(0, ndims, shapes);
+    if (shape.back() != -2) shape.back() = shapes[1][0];
+    return shape;
+}

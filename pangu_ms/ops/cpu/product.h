@@ -1,0 +1,105 @@
+// Products with weights [N, K] that are read where they lie, in two forms.
+//
+// Few tokens: every weight row is multiplied with each token, lanes along K; as fast as memory delivers the rows.
+// Many tokens: lanes along tokens. The tokens are laid out in panels [K][LANES] first, and so is the result, which makes
+// the result of one product the input of the next.
+#pragma once
+#include <cstdint>
+
+#include "lanes.h"
+
+constexpr int FEW = 2;                                  // up to so many tokens the first form is faster
+constexpr int TILE = LANES == 16 ? 8 : 4;               // weight rows at once: their sums must fit the registers
+
+// ROWS weight rows times M tokens; x has rows of k. each(row, token, value) takes the results.
+template <int ROWS, int M, class Each>
+inline void dot_rows(const float* weight, const float* x, int64_t k, int64_t row, int64_t token, const Each& each) {
+    Lanes total[ROWS][M] = {};
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        Lanes in[M];
+        for (int m = 0; m < M; m++) in[m] = load(x + m * k + i);
+        for (int r = 0; r < ROWS; r++) {
+            const Lanes w = load(weight + r * k + i);
+            for (int m = 0; m < M; m++) total[r][m] += w * in[m];
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int m = 0; m < M; m++) {
+            float value = sum(total[r][m]);
+            for (int64_t rest = i; rest < k; rest++) value += weight[r * k + rest] * x[m * k + rest];
+            each(row + r, token + m, value);
+        }
+}
+
+// Weight rows first .. last-1 times m tokens x [m, k].
+template <class Each>
+inline void few_dots(const float* weight, int64_t first, int64_t last, const float* x, int64_t m, int64_t k,
+                     const Each& each) {
+    int64_t row = first;
+    for (; row + 4 <= last; row += 4) {
+        const float* w = weight + row * k;
+        int64_t t = 0;
+        for (; t + 3 <= m; t += 3) dot_rows<4, 3>(w, x + t * k, k, row, t, each);
+        if (m - t == 2) dot_rows<4, 2>(w, x + t * k, k, row, t, each);
+        if (m - t == 1) dot_rows<4, 1>(w, x + t * k, k, row, t, each);
+    }
+    for (; row < last; row++)
+        for (int64_t t = 0; t < m; t++) dot_rows<1, 1>(weight + row * k, x + t * k, k, row, t, each);
+}
+
+inline int64_t panels_of(int64_t tokens) { return (tokens + LANES - 1) / LANES; }
+
+// Token rows -> one panel [k][LANES]; lanes that have no token hold zeros. row(i) is the i-th token's row, or null.
+template <class Row>
+inline void pack_panel(const Row& row, int64_t k, float* panel) {
+    for (int lane = 0; lane < LANES; lane++) {
+        const float* x = row(lane);
+        for (int64_t i = 0; i < k; i++) panel[i * LANES + lane] = x ? x[i] : 0.0f;
+    }
+}
+
+// ROWS weight rows times PANELS neighbouring panels -> out [ROWS][PANELS].
+template <int ROWS, int PANELS>
+inline void panel_tile(const float* weight, int64_t k, const float* panel, Lanes out[ROWS][PANELS]) {
+    Lanes total[ROWS][PANELS] = {};
+    for (int64_t i = 0; i < k; i++) {
+        Lanes in[PANELS];
+        for (int p = 0; p < PANELS; p++) in[p] = load(panel + (p * k + i) * LANES);
+        for (int r = 0; r < ROWS; r++) {
+            const Lanes w = Lanes{} + weight[r * k + i];
+            for (int p = 0; p < PANELS; p++) total[r][p] += w * in[p];
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int p = 0; p < PANELS; p++) out[r][p] = total[r][p];
+}
+
+// Weight rows first .. last-1 times `panels` panels. each(row, rows, panel, values) takes the sums of `rows` weight rows
+// from `row` on with one panel, values [rows][LANES].
+template <class Each>
+inline void many_dots(const float* weight, int64_t first, int64_t last, const float* panel, int64_t panels, int64_t k,
+                      const Each& each) {
+    Lanes out[TILE][2], one[TILE];
+    for (int64_t row = first; row < last; row += TILE) {
+        const int rows = static_cast<int>(row + TILE <= last ? TILE : last - row);
+        const float* w = weight + row * k;
+        int64_t p = 0;
+        for (; p + 2 <= panels; p += 2) {
+            const float* in = panel + p * k * LANES;
+            if (rows == TILE) panel_tile<TILE, 2>(w, k, in, out);
+            else for (int r = 0; r < rows; r++) panel_tile<1, 2>(w + r * k, k, in, out + r);
+            for (int half = 0; half < 2; half++) {
+                for (int r = 0; r < rows; r++) one[r] = out[r][half];
+                each(row, rows, p + half, one);
+            }
+        }
+        if (p < panels) {
+            const float* in = panel + p * k * LANES;
+            Lanes(*single)[1] = reinterpret_cast<Lanes(*)[1]>(one);
+            if (rows == TILE) panel_tile<TILE, 1>(w, k, in, single);
+            else for (int r = 0; r < rows; r++) panel_tile<1, 1>(w + r * k, k, in, single + r);
+            each(row, rows, p, one);
+        }
+    }
+}
