@@ -1,9 +1,14 @@
-"""Measurements that the documentation quotes. python tools/bench.py convert --directory /tmp
+"""Measurements that the documentation quotes.
+
+  python tools/bench.py convert --directory /tmp
+  python tools/bench.py generate --model DIR --plot contexts.png
 
 convert: how fast pangu-convert moves a generated bfloat16 checkpoint of about --gigabytes, beside cp of the same bytes
 in the same run: cp, hf2ms, cp, ms2hf, --rounds times. Every step starts with a quiet disk and ends when its bytes are
 on it (fsync). Then the round trip is compared, and the peak memory of a checkpoint half the size is measured. Removes
 what it wrote; needs about three times --gigabytes of disk.
+
+generate: speed and memory of generation beside what the machine could do; `generate --help` says what is measured.
 """
 import argparse
 import json
@@ -16,6 +21,7 @@ import time
 import zlib
 from pathlib import Path
 
+import bench_generate
 import numpy as np
 
 from pangu_ms.checkpoint.convert import open_source
@@ -36,7 +42,12 @@ def main() -> int:
     convert.add_argument("--gigabytes", type=float, default=6.0)
     convert.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     convert.add_argument("--rounds", type=int, default=3)
+    bench_generate.add_arguments(commands.add_parser(
+        "generate", help="generation beside the machine", description=bench_generate.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter))
     arguments = parser.parse_args()
+    if arguments.command == "generate":
+        return bench_generate.run(arguments)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="pangu_bench_") as directory:
         return bench_convert(Path(directory), arguments.gigabytes, arguments.rounds)
 

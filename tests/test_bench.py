@@ -1,0 +1,175 @@
+"""tools/bench.py generate: its formulas by hand, its count of kernels, and one run on a tiny checkpoint."""
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from bench_generate import beside, count_kernels, decode_bytes, lengths, memory_bandwidth, prefill_flop
+
+from pangu_ms.config import PanguConfig
+
+ROOT = Path(__file__).parents[1]
+
+# tiny, by hand. Hidden 48, 4 streams, 3 heads of 16 + 8 and 12, ranks 32 and 24, convolutions of 3, 5 sinks.
+EVERY_LAYER = (
+    4 * 48                                                        # norms around the two sublayers
+    + 32 * 48 + 32 + 3 * 24 * 32                                  # q_a, its norm, q_b
+    + 32 * 48 + 24 + 3 * (16 + 12) * 24                           # kv_a (latent and rotary), norm of the latent, kv_b
+    + 48 * 3 * 12                                                 # o
+    + 3 * (32 + 24 + 36)                                          # convolutions
+    + 5 * (24 + 8)                                                # sinks
+    + 2 * (24 * 192 + 192 + 3 + 24))                              # two mHC modules: phi, gamma, alpha, beta
+INDEXER = 6 * 20 * 32 + 20 * 48 + 20 + 6 * 48                     # in layers 0 and 3
+DENSE = 3 * 80 * 48                                               # layer 0
+MOE = 8 * 48 + 8 + (1 + 3) * 3 * 20 * 48                          # layers 1 to 3: router, bias, shared and 3 experts
+BLOCK_POST = 192                                                  # layers 1 and 3
+MERGE_AND_NORM = 4 * 192 + 192 + 1 + 4 + 48
+LAYERS = 4 * EVERY_LAYER + 2 * INDEXER + DENSE + 3 * MOE + 2 * BLOCK_POST + MERGE_AND_NORM
+HEAD = 199 * 48
+
+
+@pytest.fixture
+def tiny(data):
+    return PanguConfig.from_pretrained(data / "tiny")
+
+
+def test_decode_reads_every_active_weight_and_the_head(tiny):
+    assert decode_bytes(tiny) == 4 * (LAYERS + HEAD) == 585_012
+
+
+def test_prefill_of_one_token(tiny):
+    """Each layer's query sees 5 sinks and itself: 3 heads, products over 24 and 12."""
+    assert prefill_flop(tiny, 1) == 2 * (LAYERS + HEAD) + 4 * (5 + 1) * 2 * 3 * (24 + 12) == 297_690
+
+
+def test_prefill_past_the_window_and_index_topk(tiny):
+    """Ten tokens, window 7, index_topk 8: the queries of rows 8 and 9 see 8 of 9 and of 10 rows, by an indexer of 6
+    heads of 20."""
+    windowed = 1 + 2 + 3 + 4 + 5 + 6 + 7 + 7 + 7 + 7
+    selected = 1 + 2 + 3 + 4 + 5 + 6 + 7 + 8 + 8 + 8
+    seen = 2 * windowed + 2 * selected + 4 * 10 * 5
+    assert prefill_flop(tiny, 10) == 2 * (10 * LAYERS + HEAD) + 2 * 3 * (24 + 12) * seen + 2 * (9 + 10) * 2 * 6 * 21
+
+
+def test_a_full_layer_sees_every_row(data):
+    """tiny_full: 6 layers, layer 4 of them full, windows 6, 11 and 4, index_topk 8, and tiny's widths."""
+    config = PanguConfig.from_pretrained(data / "tiny_full")
+    added = prefill_flop(config, 13) - prefill_flop(config, 12)
+    layers = config.parameter_count()["active"]["layers"]
+    seen = 13 + 6 + 11 + 4 + 2 * 8 + 6 * 5
+    assert added == 2 * layers + 2 * 3 * (24 + 12) * seen + 2 * 13 * 2 * 6 * 21
+
+
+def test_flash_reads_its_published_active_parameters():
+    assert decode_bytes(PanguConfig.flash_92b()) / 4 == pytest.approx(5.39e9, rel=1e-3)
+
+
+def test_share_is_that_of_the_best_round():
+    assert beside(200.0, [40.0, 50.0, 20.0]) == {
+        "tokens_per_second": {"best": 50.0, "median": 40.0, "floor": 200.0}, "share": 0.25}
+
+
+def test_memory_bandwidth_counts_the_matrix_once(monkeypatch):
+    rows = []
+
+    def half_a_second(call, times):
+        rows.extend(value for part in call() for value in part)
+        return 0.5
+
+    monkeypatch.setattr("bench_generate.best_seconds", half_a_second)
+    assert memory_bandwidth(2, (7, 10)) == 7 * 10 * 4 / 0.5
+    assert rows == [10.0] * 7
+
+
+@pytest.mark.parametrize("text", ["", "1,,2", "0", "8,-1", "x"])
+def test_contexts_are_positive_numbers(text):
+    with pytest.raises(ValueError):
+        lengths(text)
+
+
+GRAPH = """
+# Total params: 1
+%para1_w: <Ref[Tensor[Float32]], (2, 2)>
+subgraph @kernel_graph0(%para1_w) {
+  %0(CNode_1) = Load(%para1_w, UMonad[U]) cnode_attrs: {}
+      # Fullname with scope: (Default/causal_lm-PanguForCausalLM/model-PanguModel/layers-CellList/0-Block/Load-op0)
+  %1(CNode_2) = PrimFunc_Gather(%0, %para2_ids, I64(0), I64(0)) primitive_attrs: {}
+      # Fullname with scope: (Default/rows-Rows/Gather-op0)
+      # In file /somewhere/pangu_ms/model/rows.py:9, 1~2/        x = gather(y) # see %3(CNode_9) = Mul(z)
+  %2([CNode_3]) = PrimFunc_Add(%1, %0) primitive_attrs: {}
+      # Fullname with scope: (Default/causal_lm-PanguForCausalLM/model-PanguModel/layers-CellList/11-Block/Add-op0)
+  %3(CNode_4) = PrimFunc_Reshape(%2, (I64(-1), I64(192))) primitive_attrs: {}
+      # Fullname with scope: (Expand/_Dense/Reshape-op0)
+      # In file /somewhere/pangu_ms/model/block.py:34, 18~38/        streams = ...
+  %4(CNode_5) = TupleGetItem(%3, I64(0)) cnode_attrs: {}
+      # Fullname with scope: (Default/causal_lm-PanguForCausalLM/model-PanguModel/layers-CellList/0-Block/Get-op0)
+  %5(CNode_6) = ScatterUpdate[reserved: Bool(1)](%para1_w, %2, %3) primitive_attrs: {}
+      # Fullname with scope: (Default/causal_lm-PanguForCausalLM/model-PanguModel/layers-CellList/0-Block/S-op0)
+  Return(%5)
+      # In file /somewhere/pangu_ms/model/block.py:47, 8~9/        return streams
+}
+"""
+
+
+def test_kernels_are_nodes_that_are_launched():
+    inside, outside = count_kernels(GRAPH)
+    assert inside == Counter(Add=1, Reshape=1, ScatterUpdate=1)
+    assert outside == Counter(Gather=1)
+
+
+def bench(*options):
+    return subprocess.run([sys.executable, ROOT / "tools" / "bench.py", "generate", *map(str, options)],
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--threads", "0"], "--threads is 0: wanted 1 to "),
+    (["--rounds", "0"], "--rounds is 0"),
+    (["--new-tokens", "1"], "--new-tokens is 1: wanted at least 2"),
+    (["--prompt-tokens", "510"], "pass max_position_embeddings 512"),
+])
+def test_bad_options_are_one_line(data, options, words):
+    done = bench("--model", data / "tiny", "--prompt-tokens", 12, "--new-tokens", 4, *options)
+    assert done.returncode == 2 and done.stdout == ""
+    assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_generate_on_tiny(data, tmp_path):
+    """Contexts go past the 512 positions of tiny."""
+    picture = tmp_path / "contexts.png"
+    done = bench("--model", data / "tiny", "--prompt-tokens", 12, "--new-tokens", 4, "--rounds", 1, "--threads", 1,
+                 "--contexts", "8,600", "--json", "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+
+    assert found["decode"]["floor_bytes_per_token"] == 585_012
+    assert found["prefill"]["floor_flop"] == prefill_flop(PanguConfig.from_pretrained(data / "tiny"), 12)
+    machine = found["machine"]
+    floors = {"prefill": 12 * machine["flop_per_second"] / found["prefill"]["floor_flop"],
+              "decode": machine["bytes_per_second"] / 585_012}
+    for name, floor in floors.items():
+        speed = found[name]["tokens_per_second"]
+        assert speed["floor"] == pytest.approx(floor)
+        assert 0 < speed["median"] <= speed["best"] < floor
+        assert found[name]["share"] == pytest.approx(speed["best"] / floor)
+
+    forms = {f"{step}_{form}" for step in ("prefill", "decode") for form in ("dense", "sparse")}
+    assert found["compile_seconds"].keys() == forms
+    assert all(seconds > 0 for seconds in found["compile_seconds"].values())
+    dense, sparse = found["kernels"]["dense"], found["kernels"]["sparse"]
+    for kernels in (dense, sparse):  # more than one product for each matrix of a layer
+        assert kernels["per_trunk_layer"] * 4 == sum(kernels["in_layers"].values()) > 4 * 10
+        assert kernels["outside"] > 0
+    assert dense["in_layers"]["TopK"] == 3 and sparse["in_layers"]["TopK"] == 5  # three routers, two indexers
+
+    assert found["peak_memory_bytes"] > 100 * 2 ** 20
+    growing, rings, taps = 2 * (32 + 20) * 4, 7 * 32 * 4, 2 * (32 + 24 + 36) * 4
+    assert found["cache_bytes"] == {"held": 256 * growing + 2 * rings + 4 * taps,       # the trunk's
+                                    "formula": 15 * growing + 5 * rings + 7 * taps}     # with three MTP layers
+    assert [(row["context"], row["capacity"]) for row in found["contexts"]] == [(8, 256), (600, 1024)]
+    assert all(0 < row["best_seconds"] <= row["median_seconds"] for row in found["contexts"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
