@@ -1,7 +1,7 @@
 """Filling a model: every parameter from a checkpoint directory of any layout, one at a time."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
@@ -21,11 +21,11 @@ class ParameterReader:
     that the peak is what the consumer keeps and one tensor. May be iterated more than once, until `close`.
     """
 
-    def __init__(self, directory: str | os.PathLike, config: PanguConfig, dtype: str = "float32"):
+    def __init__(self, directory: str | os.PathLike, config: PanguConfig, dtype: str, exact: Collection[str]):
         if dtype not in CODES:
             raise CheckpointError(f"dtype: found {dtype!r}, wanted one of {', '.join(CODES)}")
         self._tensors = stacked(config)
-        self._dtype = CODES[dtype]
+        self._dtype, self._exact = CODES[dtype], exact
         self._source = Source(directory, config)
         try:
             self._source.check_repeats()
@@ -54,7 +54,7 @@ class ParameterReader:
         self.close()
 
     def _code(self, stored: Stored) -> str:
-        return "F32" if stored.parameter.note == FLOAT32 else self._dtype
+        return "F32" if stored.parameter.note == FLOAT32 or stored.name in self._exact else self._dtype
 
     def _read(self, stored: Stored) -> np.ndarray:
         code, moves = self._code(stored), self._source.moves(stored)
@@ -67,11 +67,12 @@ class ParameterReader:
         return values.reshape(stored.shape)
 
 
-def read_parameters(directory: str | os.PathLike, config: PanguConfig, dtype: str = "float32") -> ParameterReader:
+def read_parameters(directory: str | os.PathLike, config: PanguConfig, dtype: str = "float32",
+                    exact: Collection[str] = ()) -> ParameterReader:
     """All parameters under our names (`names.parameters`), whatever the layout of `directory`.
 
-    `dtype`: float32, float16 or bfloat16 (as uint16 bit patterns); what must stay exact, the router's correction
-    biases, is float32 always. An Int8 release is dequantised. Checks first, reads afterwards: `CheckpointError` lists
+    `dtype`: float32, float16 or bfloat16 (as uint16 bit patterns); float32 always for the names in `exact` and for the
+    router's correction biases. An Int8 release is dequantised. Checks first, reads afterwards: `CheckpointError` lists
     every missing, unexpected and wrongly shaped tensor, and MTP copies that differ from what they repeat.
     """
-    return ParameterReader(directory, config, dtype)
+    return ParameterReader(directory, config, dtype, exact)

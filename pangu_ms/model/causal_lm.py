@@ -8,6 +8,7 @@ from mindspore.nn.utils import no_init_parameters
 from tqdm import tqdm
 
 from pangu_ms.config import PanguConfig
+from pangu_ms.errors import PanguError
 from pangu_ms.model.block import Block
 from pangu_ms.model.hyper_connection import StreamMerge
 from pangu_ms.model.linear import Embedding, Linear
@@ -72,17 +73,20 @@ class PanguForCausalLM(nn.Cell):
         """
         from pangu_ms.checkpoint.load import read_parameters  # here alone: the network itself knows no files
 
+        if dtype == "bfloat16" and ms.get_context("device_target") == "CPU":
+            raise PanguError("dtype is bfloat16, for which MindSpore has next to no operators on a CPU: take float32")
         config = dataclasses.replace(PanguConfig.from_pretrained(directory), compute_dtype=dtype)
-        with read_parameters(directory, config, dtype) as tensors:
-            with no_init_parameters():
-                model = cls(config)
-            parameters = {parameter.name: parameter for parameter in model.get_parameters()}
+        with no_init_parameters():
+            model = cls(config)
+        parameters = {parameter.name: parameter for parameter in model.get_parameters()}
+        exact = [name for name, parameter in parameters.items() if parameter.dtype == ms.float32]
+        with read_parameters(directory, config, dtype, exact) as tensors:
             bar = tqdm(tensors, "loading", len(tensors), unit=" tensors", leave=False, disable=not progress)
             for name, values in bar:
                 tensor = ms.Tensor.from_numpy(values)                           # shares the memory of `values`
                 if values.dtype == np.uint16:                                   # numpy has no bfloat16: its bits
                     tensor = tensor.view(ms.bfloat16)
-                parameters[name].set_data(ops.cast(tensor, parameters[name].dtype))
+                parameters[name].set_data(tensor)
         return model
 
     def __call__(self, ids):
