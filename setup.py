@@ -34,11 +34,13 @@ setup(
     python_requires=">=3.10,<3.12",
     install_requires=[
         "mindspore==2.9.0",
+        "jinja2>=3.1",
         "mindformers==1.9.0",
         "numpy<2",
         "safetensors>=0.4",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
+        "transformers>=4.52",
         "tqdm>=4.65",
     ],
     extras_require={

@@ -1,0 +1,55 @@
+"""A chat from Python: reasoning, answer and tool calls of each reply, as they come.
+
+python examples/02_chat.py --model DIR [--num-draft-tokens 3]
+"""
+import argparse
+import os
+
+os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
+
+from pangu_ms import PanguForCausalLM, stream_generate
+from pangu_ms.generation.chat import ChatTemplate, ReplyParser
+from pangu_ms.generation.sampling import Sampling
+from pangu_ms.generation.text import load_tokenizer, stream_text
+
+QUESTIONS = ["What is the capital of Peru?", "And how many people live there?"]
+
+
+def read_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint with a tokenizer and a chat template")
+    parser.add_argument("--num-draft-tokens", type=int, default=0, metavar="N", help="drafts a step (default: 0)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of a reply (default: 256)")
+    return parser.parse_args()
+
+
+def main():
+    arguments = read_arguments()
+    template, tokenizer = ChatTemplate(arguments.model), load_tokenizer(arguments.model)
+    model = PanguForCausalLM.from_pretrained(arguments.model)
+    sampling = Sampling(temperature=0.7, top_p=0.95, seed=1, vocab_size=tokenizer.vocab_size)
+
+    messages = [{"role": "system", "content": "Answer in one sentence."}]
+    for question in QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        pieces = stream_generate(model, template.render(messages), arguments.max_new_tokens, sampling=sampling,
+                                 num_draft_tokens=arguments.num_draft_tokens, eos_token_ids=template.stop_token_ids)
+        parser, part = ReplyParser(), "user"
+        print(f"[{part}] {question}", end="")
+        for _, text in stream_text(pieces, tokenizer):
+            part = show(parser.push(text), part)
+        show(parser.flush(), part)
+        print()
+        messages.append(parser.reply.message())
+
+
+def show(found, part):
+    """Prints what a reply brings, the name of each part before it -> the part that stands last."""
+    for following, text in found:
+        print(text if following == part else f"\n[{following}] {text}", end="", flush=True)
+        part = following
+    return part
+
+
+if __name__ == "__main__":
+    main()
