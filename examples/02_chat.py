@@ -7,9 +7,8 @@ import os
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
 
-from pangu_ms import PanguForCausalLM, stream_generate
+from pangu_ms import PanguForCausalLM, Sampling, stream_generate
 from pangu_ms.generation.chat import ChatTemplate, ReplyParser
-from pangu_ms.generation.sampling import Sampling
 from pangu_ms.generation.text import load_tokenizer, stream_text
 
 QUESTIONS = ["What is the capital of Peru?", "And how many people live there?"]

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "PanguConfig": "pangu_ms.config",
     "PanguForCausalLM": "pangu_ms.model.causal_lm",
+    "Sampling": "pangu_ms.generation.sampling",
     "generate": "pangu_ms.generation.stream",
     "stream_generate": "pangu_ms.generation.stream",
 }

@@ -12,7 +12,7 @@ import pangu_ms
 from pangu_ms.config import COMPUTE_DTYPES, PanguConfig
 from pangu_ms.errors import PanguError, one_line
 from pangu_ms.generation.chat import ChatTemplate, ReplyParser
-from pangu_ms.generation.interactive import converse, show_reply
+from pangu_ms.generation.interactive import converse, ctrl_c, show_reply
 from pangu_ms.generation.request import check_request, find_eos_token_ids
 from pangu_ms.generation.sampling import Sampling
 from pangu_ms.generation.stopping import StopStrings
@@ -123,7 +123,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     def stream(ids):
         """(piece, text) as `stream_text` gives them; without a tokenizer the text is the ids, with commas between."""
-        with tqdm(total=len(ids), desc="prefill", unit="token", mininterval=0, leave=False, disable=None) as bar:
+        with (ctrl_c(),
+              tqdm(total=len(ids), desc="prefill", unit="token", mininterval=0, leave=False, disable=None) as bar):
             pieces = pangu_ms.stream_generate(
                 model, ids, arguments.max_new_tokens, sampling=sampling, num_draft_tokens=arguments.num_draft_tokens,
                 eos_token_ids=eos_token_ids, on_prefill=lambda done, total: bar.update(done - bar.n))

@@ -1,5 +1,6 @@
 """A conversation in a terminal: a line in, a reply as it comes, until the user leaves."""
 import contextlib
+import signal
 import sys
 
 from pangu_ms.errors import PanguError, one_line
@@ -100,3 +101,18 @@ def _show(parts, part):
             print(text, end="", flush=True)
         part = following
     return part
+
+
+@contextlib.contextmanager
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt in here, and behind it again; for the main thread.
+
+    Whenever a graph runs, MindSpore puts a handler in the place of Python's that answers Ctrl-C with SIGTERM to its own
+    process, and leaves it there. SIGTERM is therefore taken for Ctrl-C meanwhile.
+    """
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, signal.default_int_handler)

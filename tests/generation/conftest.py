@@ -1,4 +1,6 @@
 """What the tests of the command share: an engine that needs no model."""
+import os
+import signal
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -12,7 +14,7 @@ from pangu_ms.generation.request import check_request
 def engine(monkeypatch):
     """A model that counts upwards from its prompt, in place of the real ones; records how it was called.
 
-    calls.reply, where set, is what it says instead: ids, or an exception to raise on the way.
+    calls.reply, where set, is what it says instead: ids, and functions to call on the way.
     """
     calls = SimpleNamespace(loaded=None, prompts=[], options=None, reply=None)
 
@@ -27,11 +29,12 @@ def engine(monkeypatch):
         for done in range(1, len(ids) + 1):
             on_prefill(done, len(ids))
         for i, token_id in enumerate(calls.reply or range(ids[-1] + 1, ids[-1] + 1 + max_new_tokens)):
-            if isinstance(token_id, type):
-                raise token_id
-            yield SimpleNamespace(token_id=token_id, source=0, tokens_per_second=4.0, cache_bytes=100 + i,
-                                  prefill_seconds=0.5, decode_seconds=0.25 * i, prefill_tokens=len(ids),
-                                  decode_tokens=i, drafted=(4, 2), accepted=(3, 0))
+            if callable(token_id):
+                token_id()
+            else:
+                yield SimpleNamespace(token_id=token_id, source=0, tokens_per_second=4.0, cache_bytes=100 + i,
+                                      prefill_seconds=0.5, decode_seconds=0.25 * i, prefill_tokens=len(ids),
+                                      decode_tokens=i, drafted=(4, 2), accepted=(3, 0))
 
     causal_lm, module = ModuleType("pangu_ms.model.causal_lm"), ModuleType("pangu_ms.generation.stream")
     causal_lm.PanguForCausalLM = SimpleNamespace(from_pretrained=from_pretrained)
@@ -39,3 +42,17 @@ def engine(monkeypatch):
     monkeypatch.setitem(sys.modules, causal_lm.__name__, causal_lm)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
+
+
+@pytest.fixture
+def press_ctrl_c():
+    """Ctrl-C while a graph runs, when MindSpore's handler stands in the place of Python's; both are put back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def press():
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    yield press
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

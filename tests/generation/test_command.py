@@ -127,8 +127,8 @@ def test_prompt_file(engine, directory, tmp_path):
     assert engine.prompts == [[1, 32, 33]]
 
 
-def test_ctrl_c_ends_the_command(engine, directory, capsys):
-    engine.reply = [34, KeyboardInterrupt]
+def test_ctrl_c_ends_the_command(engine, directory, capsys, press_ctrl_c):
+    engine.reply = [34, press_ctrl_c, 35]
     assert run(directory, "--prompt", "AB") == 130
     shown = capsys.readouterr()
     assert shown.out == "C" and "interrupted" in shown.err and "Traceback" not in shown.err

@@ -1,5 +1,6 @@
 """pangu-generate --chat, alone and in conversation, with a model that says what the tests give it."""
 import json
+import signal
 import sys
 
 import pytest
@@ -21,13 +22,13 @@ def directory(data, tmp_path):
 
 @pytest.fixture
 def says(engine, directory):
-    """says(text, ...): the reply of the engine; an exception among the texts is raised on the way."""
+    """says(text, ...): the reply of the engine; a function among the texts is called on the way."""
     tokenizer = load_tokenizer(directory)
 
     def set_reply(*parts):
         engine.reply = []
         for part in parts:
-            engine.reply += [part] if isinstance(part, type) else tokenizer.encode(part)[1:]
+            engine.reply += [part] if callable(part) else tokenizer.encode(part)[1:]
     return set_reply
 
 
@@ -159,15 +160,19 @@ def test_exit_and_unknown_commands(talk, prompts, capsys):
     assert [line.split()[0] for line in shown] == ["/clear", "/thinking:", "/help:"] and prompts() == []
 
 
-def test_ctrl_c_ends_a_reply_and_keeps_what_came(talk, says, prompts, capsys):
-    says("</think>Lima", KeyboardInterrupt)
+def test_ctrl_c_ends_a_reply_and_keeps_what_came(talk, says, prompts, capsys, press_ctrl_c):
+    terminate = signal.getsignal(signal.SIGTERM)
+    says("</think>Lima", press_ctrl_c, ", not Rome")
     assert talk(["One", "Two"]) == 0
     assert prompts()[1] == conversation(("user", "One"), ("assistant", "</think>Lima"), ("user", "Two"))
-    assert "Traceback" not in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert shown.out == "Lima\nLima\n\n" and "Traceback" not in shown.err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C at the prompt is Python's again"
+    assert signal.getsignal(signal.SIGTERM) is terminate, "and to terminate the program ends it"
 
 
-def test_ctrl_c_before_the_first_token_forgets_the_message(talk, says, prompts):
-    says(KeyboardInterrupt)
+def test_ctrl_c_before_the_first_token_forgets_the_message(talk, says, prompts, press_ctrl_c):
+    says(press_ctrl_c, "</think>Lima")
     assert talk(["One", "Two"]) == 0
     assert prompts() == [conversation(("user", "One")), conversation(("user", "Two"))]
 
