@@ -19,7 +19,8 @@ def check_request(config, ids, max_new_tokens, num_draft_tokens=0):
 
     Raises:
         PanguError: an empty prompt, an id that is no integer or lies outside the vocabulary, max_new_tokens below 1,
-            more positions than the model has, num_draft_tokens outside 0 to MAX_DRAFTS, or drafts without MTP layers to make them.
+            more positions than the model has, num_draft_tokens outside 0 to MAX_DRAFTS, or drafts without MTP layers
+            to make them.
     """
     if len(ids) == 0:
         raise PanguError("the prompt is empty: give at least one token")

@@ -41,9 +41,9 @@ class Sampling:
 class Sampler:
     """Chooses the tokens of one sequence, and knows what the sequence holds so far.
 
-    Its random numbers depend on the seed alone, one number for each token of plain decoding: the same seed and prompt
-    give the same text in a batch of any size and at any row. With drafts more numbers are drawn: the text may differ,
-    its distribution does not.
+    Its random numbers depend on the seed alone, one for each token of the text: the same seed and prompt give the same
+    text in a batch of any size, at any row, and with and without drafts that are certain. Drafts drawn from a
+    distribution take more numbers: the text may differ, its distribution does not.
 
     Args:
         sampling (Sampling):
@@ -77,13 +77,15 @@ class Sampler:
 
         Draft i is kept with probability min(1, p / q); the first that is not is replaced by a token drawn from the
         positive part of p - q; behind k kept ones comes a token of the last row. What comes out is distributed as
-        plain sampling would have it, whatever q is. Greedy is the same rule with a p of one token: the longest prefix
-        that agrees, then the target's own token.
+        plain sampling would have it, whatever q is.
+
+        Where the drafts are certain, the same comes out of drawing the target's own token and comparing: the longest
+        prefix that agrees, then the token that does not.
 
         Args:
             target_logits: float32 [1 + k, V]; row i has seen the drafts before i.
             drafts: k token ids.
-            draft_probs: float64 [k, V], what `propose` drew them from; None: each was certain.
+            draft_probs: float64 [k, V], what `propose` drew them from; None: each was certain, drawn from nothing.
 
         Returns:
             (accepted_count, next_token); the history is left alone.
@@ -91,9 +93,12 @@ class Sampler:
         history = set(self._history)
         for i, draft in enumerate(drafts):
             p = self.probabilities(target_logits[i], history)
-            q = _one_hot(draft, len(p)) if draft_probs is None else draft_probs[i]
-            if not self._accepts(p[draft], q[draft]):
-                return i, self._draw(_residual(p, q))
+            if draft_probs is None:
+                own = self._draw(p)
+                if own != draft:
+                    return i, own
+            elif not self._accepts(p[draft], draft_probs[i][draft]):
+                return i, self._draw(_residual(p, draft_probs[i]))
             history.add(int(draft))
         return len(drafts), self._draw(self.probabilities(target_logits[len(drafts)], history))
 

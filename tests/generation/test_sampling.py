@@ -115,6 +115,24 @@ def test_sequences_do_not_disturb_each_other():
     assert together == [alone.choose(LOGITS) for _ in range(50)]
 
 
+def test_same_seed_same_tokens_with_certain_drafts():
+    """Whatever the drafts are: the target draws for each token what it draws without them."""
+    rows = np.random.default_rng(1).normal(0, 1, (8, 8)).astype(np.float32)  # logits by the token before
+    plain, drafted = (Sampler(Sampling(temperature=1.0, repetition_penalty=1.2, seed=4), [0]) for _ in range(2))
+    wanted, text, kept = [0], [0], 0
+    for _ in range(60):
+        wanted.append(plain.choose(rows[wanted[-1]]))
+        plain.accept(wanted[-1])
+    while len(text) < 50:
+        drafts = [int(rows[text[-1]].argmax()), 3]
+        count, token = drafted.verify(rows[[text[-1], *drafts]], drafts)
+        for new in [*drafts[:count], token]:
+            drafted.accept(new)
+            text.append(new)
+        kept += count
+    assert text == wanted[:len(text)] and kept > 5
+
+
 # ---- drafts
 
 def logits_for(*tokens):
