@@ -108,7 +108,7 @@ class PanguForCausalLM(nn.Cell):
         return merged if self.mtp_reads_merged else self.model.norm(merged)
 
     def mtp(self, depth, ahead, hidden, rows, memory):
-        """One MTP depth: ahead int32 [B, T], for each row p the token at p + depth; hidden [B, T, H] of the depth before.
+        """One MTP depth: ahead int32 [B, T], for each row p the token at p + depth; hidden [B, T, H], of depth - 1.
 
         -> hidden [B, T, H], for `mtp_head` and the next depth.
         """

@@ -18,8 +18,8 @@ def test_every_parameter_holds_its_tensor(model, data):
         else:
             wanted = stored.pop(name)
         np.testing.assert_array_equal(values, wanted)
-    copies = {f"model.layers.{i}.{copy}" for i in (5, 6, 7) for copy in ("embed_tokens.weight", "shared_head.head.weight")}
-    assert stored.keys() == copies
+    assert stored.keys() == {f"model.layers.{i}.{copy}" for i in (5, 6, 7)
+                             for copy in ("embed_tokens.weight", "shared_head.head.weight")}
 
 
 def test_what_decides_stays_float32_in_a_float16_model(data):
@@ -28,7 +28,7 @@ def test_what_decides_stays_float32_in_a_float16_model(data):
     model = PanguForCausalLM.from_pretrained(data / "tiny", dtype="float16")
     exact = 0
     for parameter in model.get_parameters():
-        decides = "mhc_module" in parameter.name or ".mlp.gate." in parameter.name or "correction_bias" in parameter.name
+        decides = any(part in parameter.name for part in ("mhc_module", ".mlp.gate.", "correction_bias"))
         assert parameter.dtype == (ms.float32 if decides else ms.float16), parameter.name
         if decides:
             np.testing.assert_array_equal(parameter.asnumpy(), stored[parameter.name])
