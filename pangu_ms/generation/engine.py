@@ -6,8 +6,8 @@ from pangu_ms.cache import DTYPE_BYTES, Cache
 from pangu_ms.model.step import SLACK, Draft, Step
 
 # Sparse attention gathers index_topk latent rows for each query of a prefill chunk, and the indexer scores every
-# earlier row for each of its heads: chunks are cut so that neither takes more than this.
-CHUNK_BYTES = 2 ** 28
+# earlier row for each of its heads: chunks are cut so that neither takes more than this, at a few copies of each.
+CHUNK_BYTES = 2 ** 26
 
 
 class Engine:
