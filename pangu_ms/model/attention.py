@@ -6,7 +6,7 @@ that all heads share. The operators `expanded` and `absorbed` attention are two 
 import mindspore as ms
 from mindspore import nn, ops
 
-from pangu_ms.cache import INDEX_KEYS, KV_TAPS, LATENT, O_TAPS, Q_TAPS, grow, remember
+from pangu_ms.cache import INDEX_KEYS, KV_TAPS, LATENT, O_TAPS, Q_TAPS, grow
 from pangu_ms.model.conv import ShortConv
 from pangu_ms.model.indexer import Indexer
 from pangu_ms.model.linear import Linear, parameter
@@ -41,6 +41,8 @@ class Attention(nn.Cell):
             self.indexer = Indexer(config)
         self.scale = (self.nope + self.rope) ** -0.5
         self.rotate, self.top_k = operator("rotate", config.compute_dtype), operator("top_k", config.compute_dtype)
+        self.latent_rows = operator("latent_rows", config.compute_dtype)
+        self.remember = operator("remember", config.compute_dtype)
         self.absorbed = operator("absorbed_attention", config.compute_dtype)
         self.expanded = operator("expanded_attention", config.compute_dtype)
 
@@ -58,7 +60,7 @@ class Attention(nn.Cell):
                 selected = self._selection(scores, rows["causal"])
                 visible = self._with_sinks(selected)
         elif self.windowed:
-            past = remember(memory[LATENT], row, rows[self.order], rows[self.slot], rows["decode"])
+            past = self.remember(memory[LATENT], row, rows[self.order], rows[self.slot], rows["decode"])
             keys, visible = ops.cat((past, row), 1), rows[self.visible]
         else:
             cached = ops.reshape(grow(memory[LATENT], row, rows["slot"]), (x.shape[0], -1, self.latent + self.rope))
@@ -80,21 +82,21 @@ class Attention(nn.Cell):
     def _project(self, x, rows, memory):
         """-> q_latent [B, T, q_lora_rank], q [B, T, heads, nope + rope], the new latent rows [B, T, D]."""
         q_in, kv = self.q_a_proj(x), self.kv_a_proj_with_mqa(x)
-        latent, k_pe = kv[..., :self.latent], kv[..., self.latent:]
+        latent = kv[..., :self.latent]
         q_in = self.qa_conv(q_in, self._past(q_in, memory, Q_TAPS, rows), rows["conv_open"])
         latent = self.compresskv_conv(latent, self._past(latent, memory, KV_TAPS, rows), rows["conv_open"])
         q_latent = self.q_a_layernorm(q_in)
         q = ops.reshape(self.q_b_proj(q_latent), (x.shape[0], -1, self.heads, self.nope + self.rope))
         q = self.rotate(q, rows["cos"], rows["sin"], self.nope)
-        k_pe = ops.squeeze(self.rotate(ops.expand_dims(k_pe, 2), rows["cos"], rows["sin"], 0), 2)
-        row = ops.cat((self.kv_a_layernorm(latent), k_pe), -1)
+        row = self.latent_rows(latent, kv, self.kv_a_layernorm.weight, rows["cos"], rows["sin"],
+                               self.kv_a_layernorm.eps)
         return q_latent, q, row
 
     def _past(self, new, memory, site, rows):
         """The convolution inputs before this call: from the taps, or zeros, which the start rule never lets in."""
         if memory is None:
             return ops.zeros((new.shape[0], self.qa_conv.width - 1, new.shape[2]), new.dtype)
-        return remember(memory[site], new, rows["tap_order"], rows["tap_slot"], rows["decode"])
+        return self.remember(memory[site], new, rows["tap_order"], rows["tap_slot"], rows["decode"])
 
     def _sink_rows(self):
         """[sinks, latent + rope]: normed like every latent row, never convolved, never rotated."""

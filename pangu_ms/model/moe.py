@@ -42,9 +42,7 @@ class MoE(nn.Cell):
         self.route = operator("route", ms.float32)
 
     def construct(self, x, decode):
-        """x [B, T, H] -> y [B, T, H], and the routing: expert ids int32 [B*T, K], weights float32 [B*T, K]."""
-        rows = ops.reshape(x, (-1, x.shape[-1]))                                # [B*T, H]
-        logits = self.gate(ops.cast(rows, ms.float32))                          # [B*T, E]
+        """x [B, T, H] -> y [B, T, H], and the routing: expert ids int32 [B, T, K], weights float32 [B, T, K]."""
+        logits = self.gate(ops.cast(x, ms.float32))                             # [B, T, E]
         ids, weights = self.route(logits, self.e_score_correction_bias, self.scale, self.normalise)
-        y = self.experts(rows, ids, weights, decode) + self.shared_experts(rows)
-        return ops.reshape(y, x.shape), ids, weights
+        return self.experts(x, ids, weights, decode) + self.shared_experts(x), ids, weights

@@ -6,6 +6,7 @@ the device's small operators. Either may have a compiled form for the CPU, by it
 import mindspore as ms
 from mindspore import context
 
+from pangu_ms import cache
 from pangu_ms.ops import ascend, attention, compiled, experts, hyper_connection, portable, router
 
 _SMALL = {
@@ -18,15 +19,17 @@ _SMALL = {
     "rotate": (portable.rotate, portable.rotate, "Rotate"),
     "short_conv": (portable.short_conv, portable.short_conv, "ShortConv"),
     "top_k": (portable.top_k, portable.top_k, None),
+    "remember": (cache.remember, cache.remember, "Remember"),
     "hyper_connection_write": (hyper_connection.write, hyper_connection.write, "HyperConnectionWrite"),
 }
 _COMPOSED = {
     # operator: (function of the device's small operators that makes the plain form, compiled form)
     "hyper_connection_read": (hyper_connection.read, "HyperConnectionRead"),
     "hyper_connection_merge": (hyper_connection.merge, "HyperConnectionMerge"),
+    "latent_rows": (attention.latent_rows, "LatentRows"),
     "masked_softmax": (attention.masked_softmax, "MaskedSoftmax"),
     "absorbed_attention": (attention.absorbed, "AbsorbedAttention"),
-    "expanded_attention": (attention.expanded, None),
+    "expanded_attention": (attention.expanded, "ExpandedAttention"),
     "route": (router.route, "Route"),
     "few_tokens": (experts.few_tokens, "Experts"),
     "many_tokens": (experts.many_tokens, "Experts"),

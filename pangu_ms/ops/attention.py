@@ -12,6 +12,17 @@ from mindspore import ops
 from pangu_ms.ops.portable import MASKED
 
 
+def latent_rows(small):
+    rms_norm, rotate = small("rms_norm"), small("rotate")
+
+    def form(latent, kv, weight, cos, sin, eps):
+        """The rows that the cache keeps: latent [B, T, latent], normed, then the key part of kv [B, T, D], turned."""
+        k_pe = rotate(ops.expand_dims(kv[..., latent.shape[-1]:], 2), cos, sin, 0)
+        return ops.cat((rms_norm(latent, weight, eps), ops.squeeze(k_pe, 2)), -1)
+
+    return form
+
+
 def masked_softmax(small):
     softmax = small("softmax")
 

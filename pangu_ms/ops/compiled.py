@@ -55,10 +55,13 @@ def _gradient(plain, inputs):
     def four(a, b, c, d, out, dout):
         return gradient(a, b, c, d, dout)
 
+    def five(a, b, c, d, e, out, dout):
+        return gradient(a, b, c, d, e, dout)
+
     def six(a, b, c, d, e, f, out, dout):
         return gradient(a, b, c, d, e, f, dout)
 
     def seven(a, b, c, d, e, f, g, out, dout):
         return gradient(a, b, c, d, e, f, g, dout)
 
-    return {2: two, 3: three, 4: four, 6: six, 7: seven}[inputs]
+    return {2: two, 3: three, 4: four, 5: five, 6: six, 7: seven}[inputs]

@@ -3,7 +3,7 @@
 Two plain forms of one function, both exact for every routing: nothing is dropped, however skewed the load. Then the
 product of one expert that all tokens go through.
 
-    x [N, H], ids int32 [N, K], weights [N, K] float32, gate and up [E, F, H], down [E, H, F] -> [N, H]
+    x [..., H], ids int32 [..., K], weights [..., K] float32, gate and up [E, F, H], down [E, H, F] -> [..., H]
 """
 import mindspore as ms
 from mindspore import ops
@@ -16,11 +16,12 @@ def few_tokens(small):
 
     def form(x, ids, weights, gate, up, down):
         """For decoding: each (token, choice) pair gathers its expert. Moves N * K experts' weights."""
-        n, k = ids.shape
-        chosen = ops.reshape(ids, (-1,))                                        # [P], P = N * K
-        rows = ops.reshape(ops.tile(ops.expand_dims(x, 1), (1, k, 1)), (-1, 1, x.shape[-1]))  # [P, 1, H]
+        k = ids.shape[-1]
+        chosen = ops.reshape(ids, (-1,))                                        # [P], P pairs of token and choice
+        rows = ops.tile(ops.reshape(x, (-1, 1, x.shape[-1])), (1, k, 1))        # [N, K, H], N tokens
+        rows = ops.reshape(rows, (-1, 1, x.shape[-1]))                          # [P, 1, H]
         y = feed_forward(rows, ops.gather(gate, chosen, 0), ops.gather(up, chosen, 0), ops.gather(down, chosen, 0))
-        return _weighted_sum(y, weights, x.dtype)
+        return _weighted_sum(y, weights, x)
 
     return form
 
@@ -34,7 +35,9 @@ def many_tokens(small):
         An expert with c tokens fills ceil(c / BLOCK) blocks; empty rows compute on a zero token. Moves one expert's
         weights for each block, of which there are at most P / BLOCK + E.
         """
-        n, k = ids.shape
+        k = ids.shape[-1]
+        tokens = ops.reshape(x, (-1, x.shape[-1]))                              # [N, H]
+        n = tokens.shape[0]
         count = gate.shape[0]
         chosen = ops.reshape(ids, (-1,))                                        # [P]
         pairs = chosen.shape[0]
@@ -53,11 +56,11 @@ def many_tokens(small):
         token = ops.arange(pairs, dtype=ms.int32) // k
         source = ops.tensor_scatter_update(ops.full((blocks * BLOCK,), n, dtype=ms.int32), ops.expand_dims(row, 1),
                                            ops.cast(token, ms.int32))
-        padded = ops.cat((x, ops.zeros((1, x.shape[-1]), x.dtype)), 0)          # [N + 1, H]
+        padded = ops.cat((tokens, ops.zeros((1, x.shape[-1]), x.dtype)), 0)          # [N + 1, H]
         rows = ops.reshape(ops.gather(padded, source, 0), (-1, BLOCK, x.shape[-1]))             # [blocks, BLOCK, H]
         y = feed_forward(rows, ops.gather(gate, expert, 0), ops.gather(up, expert, 0), ops.gather(down, expert, 0))
         y = ops.gather(ops.reshape(y, (-1, x.shape[-1])), row, 0)               # [P, H]
-        return _weighted_sum(y, weights, x.dtype)
+        return _weighted_sum(y, weights, x)
 
     return form
 
@@ -81,8 +84,9 @@ def _by_matrix(swiglu):
     return form
 
 
-def _weighted_sum(y, weights, dtype):
-    """y [N * K, ..., H], weights [N, K] -> [N, H], summed in float32."""
-    n, k = weights.shape
+def _weighted_sum(y, weights, x):
+    """y [P, ..., H], weights [..., K] -> shaped like x [..., H], summed in float32."""
+    k = weights.shape[-1]
     y = ops.cast(ops.reshape(y, (-1, k, y.shape[-1])), ms.float32)
-    return ops.cast(ops.sum(y * ops.expand_dims(weights, 2), 1), dtype)
+    total = ops.sum(y * ops.reshape(weights, (-1, k, 1)), 1)
+    return ops.cast(ops.reshape(total, x.shape), x.dtype)

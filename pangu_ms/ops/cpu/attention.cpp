@@ -1,9 +1,12 @@
 // Attention: the masked softmax, and the absorbed form, which reads latent rows as they lie in the cache.
 #include <algorithm>
+#include <vector>
 
 #include "call.h"
-#include "lanes.h"
+#include "product.h"
 #include "threads.h"
+
+constexpr int64_t QUERIES = 64;                         // of one head that one thread takes at a time
 
 // softmax(x * scale) of the entries that `seen` marks; the others become 0.
 static void softmax(const float* x, const bool* seen, float scale, int64_t width, float* y) {
@@ -55,8 +58,8 @@ inline void add(float part, const float* from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; i++) to[i] += part * from[i];
 }
 
-// q [B, T, heads, nope + rope], sinks [S0, D], keys [..., D] for each sequence or each query, visible bool [B, T, 1, S0 + S],
-// kv_b [heads * (nope + value), latent], scale -> [B, T, heads * value]; D = latent + rope
+// q [B, T, heads, nope + rope], sinks [S0, D], keys [..., D] for each sequence or each query,
+// visible bool [B, T, 1, S0 + S], kv_b [heads * (nope + value), latent], scale -> [B, T, heads * value]; D = latent + rope
 OPERATOR(AbsorbedAttention) {
     const int64_t batch = call.dim(0, 0), length = call.dim(0, 1), heads = call.dim(0, 2), head_dim = call.dim(0, 3),
                   sinks = call.dim(1, 0), dim = call.dim(1, 1), latent = call.dim(4, 1), total = call.dim(3, 3),
@@ -91,3 +94,100 @@ ONE_SHAPE(AbsorbedAttention) {
     const int64_t *q = shapes[0], heads = q[2], rope = shapes[1][1] - shapes[4][1];
     return {q[0], q[1], shapes[4][0] - heads * (q[3] - rope)};
 }
+
+// The arguments of AbsorbedAttention, but keys [B, S, D]: every row is multiplied out to the keys and values of a head.
+OPERATOR(ExpandedAttention) {
+    const int64_t batch = call.dim(0, 0), length = call.dim(0, 1), heads = call.dim(0, 2), head_dim = call.dim(0, 3),
+                  sinks = call.dim(1, 0), dim = call.dim(1, 1), latent = call.dim(4, 1), total = call.dim(3, 3),
+                  own = total - sinks, rope = dim - latent, nope = head_dim - rope,
+                  value = call.dim(4, 0) / heads - nope, panels = panels_of(total), wide = panels * LANES,
+                  columns = panels_of(value), blocks = (length + QUERIES - 1) / QUERIES;
+    const float *q = call.floats(0), *sink = call.floats(1), *keys = call.floats(2), *kv_b = call.floats(4),
+                scale = call.real(5);
+    const bool* visible = call.bools(3);
+    const bool shared = call.dim(3, 0) == 1;
+    float* y = call.floats(6);
+    // Of one head: keys in panels of rows, [panels][head_dim][LANES]; values in panels of columns,
+    // [columns][wide][LANES].
+    float *turned = scratch(OPERATOR_OWN, wide * head_dim + columns * LANES * (wide + latent)),
+          *values = turned + wide * head_dim, *up = values + columns * LANES * wide;
+    for (int64_t b = 0; b < batch; b++) {
+        const auto key = [=](int64_t s) {
+            return s < sinks ? sink + s * dim : s < total ? keys + (b * own + s - sinks) * dim : nullptr;
+        };
+        for (int64_t head = 0; head < heads; head++) {
+            const float *to_key = kv_b + head * (nope + value) * latent, *to_value = to_key + nope * latent;
+            for (int64_t c = 0; c < columns; c++) {
+                const float* from = to_value + c * LANES * latent;
+                pack_panel([=](int64_t i) { return c * LANES + i < value ? from + i * latent : nullptr; }, latent,
+                           up + c * LANES * latent);
+            }
+            parallel(panels, [=](int64_t p) {
+                float *rows = scratch(WORK_OWN, LANES * 2 * dim), *packed = rows + LANES * dim;
+                for (int64_t i = 0; i < LANES; i++)
+                    if (const float* row = key(p * LANES + i)) memcpy(rows + i * dim, row, dim * sizeof(float));
+                    else std::fill(rows + i * dim, rows + (i + 1) * dim, 0.0f);
+                pack_panel([=](int64_t i) { return rows + i * dim; }, dim, packed);
+                float* to = turned + p * head_dim * LANES;
+                many_dots(to_key, latent, 0, nope, packed, 1, latent, [=](int64_t d, int n, int64_t, const Lanes* v) {
+                    for (int r = 0; r < n; r++) store(to + (d + r) * LANES, v[r]);
+                });
+                memcpy(to + nope * LANES, packed + latent * LANES, rope * LANES * sizeof(float));
+                many_dots(rows, dim, 0, LANES, up, columns, latent, [=](int64_t s, int n, int64_t c, const Lanes* v) {
+                    for (int r = 0; r < n; r++) store(values + (c * wide + p * LANES + s + r) * LANES, v[r]);
+                });
+            });
+            parallel(blocks, [=](int64_t block) {
+                const int64_t first = block * QUERIES, count = std::min(QUERIES, length - first);
+                const bool* seen = visible + ((shared ? 0 : b * length) + first) * total;
+                // What lies between the sinks and the first row that a query of the block sees is left out.
+                int64_t low = total, high = sinks;
+                for (int64_t t = 0; t < count; t++) {
+                    const bool *line = seen + t * total, *found = std::find(line + sinks, line + low, true);
+                    low = found - line;
+                    for (int64_t s = total; s > high; s--)
+                        if (line[s - 1]) high = s;
+                }
+                const int64_t always = panels_of(sinks), begin = std::max(always, low / LANES),
+                              end = std::max(begin, panels_of(high)), span = (always + end - begin) * LANES;
+                float* score = scratch(WORK_OWN, count * span);
+                std::vector<char> mask(span);
+                const float* from = q + ((b * length + first) * heads + head) * head_dim;
+                const auto into = [=](int64_t at) {
+                    return [=](int64_t t, int n, int64_t p, const Lanes* v) {
+                        for (int r = 0; r < n; r++) store(score + (t + r) * span + (at + p) * LANES, v[r]);
+                    };
+                };
+                many_dots(from, heads * head_dim, 0, count, turned, always, head_dim, into(0));
+                many_dots(from, heads * head_dim, 0, count, turned + begin * head_dim * LANES, end - begin, head_dim,
+                          into(always));
+                for (int64_t t = 0; t < count; t++) {
+                    for (int64_t i = 0; i < span; i++) {
+                        const int64_t s = i < always * LANES ? i : i + (begin - always) * LANES;
+                        mask[i] = s < total && seen[t * total + s];
+                    }
+                    softmax(score + t * span, reinterpret_cast<bool*>(mask.data()), scale, span, score + t * span);
+                }
+                float* to = y + ((b * length + first) * heads + head) * value;
+                for (int64_t c = 0; c < columns; c++) {
+                    const int64_t lanes = std::min<int64_t>(LANES, value - c * LANES);
+                    const float* panel = values + c * wide * LANES;
+                    const auto add = [=](bool more) {
+                        return [=](int64_t t, int n, int64_t, const Lanes* v) {
+                            for (int r = 0; r < n; r++)
+                                for (int64_t i = 0; i < lanes; i++) {
+                                    float& sum = to[(t + r) * heads * value + c * LANES + i];
+                                    sum = more ? sum + v[r][i] : v[r][i];
+                                }
+                        };
+                    };
+                    many_dots(score, span, 0, count, panel, 1, always * LANES, add(false));
+                    many_dots(score + always * LANES, span, 0, count, panel + begin * LANES * LANES, 1,
+                              (end - begin) * LANES, add(true));
+                }
+            });
+        }
+    }
+}
+
+ONE_SHAPE(ExpandedAttention) { return AbsorbedAttentionInferShape(ndims, shapes, nullptr); }

@@ -19,8 +19,9 @@ template <class In, class Out>
 static void few(const Matrices& w, int64_t tokens, const In& in, const Out& out, float* memory) {
     float *x = memory, *gate = x + tokens * w.hidden, *up = gate + tokens * w.width;
     for (int64_t t = 0; t < tokens; t++) memcpy(x + t * w.hidden, in(t), w.hidden * sizeof(float));
-    few_dots(w.gate, 0, w.width, x, tokens, w.hidden, [=](int64_t f, int64_t t, float v) { gate[t * w.width + f] = v; });
-    few_dots(w.up, 0, w.width, x, tokens, w.hidden, [=](int64_t f, int64_t t, float v) { up[t * w.width + f] = v; });
+    const auto into = [&](float* to) { return [=](int64_t f, int64_t t, float v) { to[t * w.width + f] = v; }; };
+    few_dots(w.gate, 0, w.width, x, tokens, w.hidden, into(gate));
+    few_dots(w.up, 0, w.width, x, tokens, w.hidden, into(up));
 #pragma omp simd
     for (int64_t i = 0; i < tokens * w.width; i++) gate[i] = gate[i] * sigmoid(gate[i]) * up[i];
     few_dots(w.down, 0, w.hidden, gate, tokens, w.width, [&](int64_t h, int64_t t, float v) { out(t)[h] = v; });
@@ -38,11 +39,11 @@ static void many(const Matrices& w, int64_t tokens, const In& in, const Out& out
             for (int r = 0; r < rows; r++) store(to + p * area + (f + r) * LANES, v[r]);
         };
     };
-    many_dots(w.gate, 0, w.width, x, panels, w.hidden, into(gate));
-    many_dots(w.up, 0, w.width, x, panels, w.hidden, into(up));
+    many_dots(w.gate, w.hidden, 0, w.width, x, panels, w.hidden, into(gate));
+    many_dots(w.up, w.hidden, 0, w.width, x, panels, w.hidden, into(up));
 #pragma omp simd
     for (int64_t i = 0; i < panels * area; i++) gate[i] = gate[i] * sigmoid(gate[i]) * up[i];
-    many_dots(w.down, 0, w.hidden, gate, panels, w.width, [&](int64_t h, int rows, int64_t p, const Lanes* v) {
+    many_dots(w.down, w.width, 0, w.hidden, gate, panels, w.width, [&](int64_t h, int rows, int64_t p, const Lanes* v) {
         for (int64_t i = 0; i < LANES && p * LANES + i < tokens; i++)
             for (int r = 0; r < rows; r++) out(p * LANES + i)[h + r] = v[r][i];
     });
@@ -55,9 +56,9 @@ static void swiglu_product(const Matrices& w, int64_t tokens, const In& in, cons
     tokens <= FEW ? few(w, tokens, in, out, memory) : many(w, tokens, in, out, memory);
 }
 
-// x [R, H], ids int32 [R, K], weights [R, K], gate and up [E, F, H], down [E, H, F] -> y [R, H]
+// x [..., H], ids int32 [..., K], weights [..., K], gate and up [E, F, H], down [E, H, F] -> y [..., H]
 OPERATOR(Experts) {
-    const int64_t rows = call.dim(1, 0), k = call.dim(1, 1), experts = call.dim(3, 0), width = call.dim(3, 1),
+    const int64_t k = call.dim(1, -1), rows = call.size(1) / k, experts = call.dim(3, 0), width = call.dim(3, 1),
                   hidden = call.dim(3, 2), pairs = rows * k, matrix = width * hidden;
     const float *x = call.floats(0), *weights = call.floats(2), *gate = call.floats(3), *up = call.floats(4),
                 *down = call.floats(5);

@@ -11,7 +11,7 @@ OPERATOR(Linear) {
     float* y = call.floats(2);
     if (m <= FEW) {
         in_chunks(n, k, [=](int64_t first, int64_t last) {
-            few_dots(weight, first, last, x, m, k, [=](int64_t row, int64_t token, float v) { y[token * n + row] = v; });
+            few_dots(weight, first, last, x, m, k, [=](int64_t row, int64_t t, float v) { y[t * n + row] = v; });
         });
         return;
     }
@@ -26,7 +26,7 @@ OPERATOR(Linear) {
     const int64_t blocks = (panels + depth - 1) / depth, columns = (n + wide - 1) / wide;
     parallel(blocks * columns, [=](int64_t item) {
         const int64_t from = item / columns * depth, first = item % columns * wide;
-        many_dots(weight, first, std::min(first + wide, n), packed + from * k * LANES,
+        many_dots(weight, k, first, std::min(first + wide, n), packed + from * k * LANES,
                   std::min(depth, panels - from), k, [=](int64_t row, int rows, int64_t panel, const Lanes* v) {
             const int64_t start = (from + panel) * LANES;
             for (int64_t t = 0; t < LANES && start + t < m; t++)

@@ -1,8 +1,8 @@
 // Products with weights [N, K] that are read where they lie, in two forms.
 //
 // Few tokens: every weight row is multiplied with each token, lanes along K; as fast as memory delivers the rows.
-// Many tokens: lanes along tokens. The tokens are laid out in panels [K][LANES] first, and so is the result, which makes
-// the result of one product the input of the next.
+// Many tokens: lanes along tokens. The tokens are laid out in panels [K][LANES] first, and so is the result, which
+// makes the result of one product the input of the next.
 #pragma once
 #include <cstdint>
 
@@ -59,15 +59,15 @@ inline void pack_panel(const Row& row, int64_t k, float* panel) {
     }
 }
 
-// ROWS weight rows times PANELS neighbouring panels -> out [ROWS][PANELS].
+// ROWS weight rows, `stride` apart, times PANELS neighbouring panels -> out [ROWS][PANELS].
 template <int ROWS, int PANELS>
-inline void panel_tile(const float* weight, int64_t k, const float* panel, Lanes out[ROWS][PANELS]) {
+inline void panel_tile(const float* weight, int64_t stride, int64_t k, const float* panel, Lanes out[ROWS][PANELS]) {
     Lanes total[ROWS][PANELS] = {};
     for (int64_t i = 0; i < k; i++) {
         Lanes in[PANELS];
         for (int p = 0; p < PANELS; p++) in[p] = load(panel + (p * k + i) * LANES);
         for (int r = 0; r < ROWS; r++) {
-            const Lanes w = Lanes{} + weight[r * k + i];
+            const Lanes w = Lanes{} + weight[r * stride + i];
             for (int p = 0; p < PANELS; p++) total[r][p] += w * in[p];
         }
     }
@@ -75,20 +75,20 @@ inline void panel_tile(const float* weight, int64_t k, const float* panel, Lanes
         for (int p = 0; p < PANELS; p++) out[r][p] = total[r][p];
 }
 
-// Weight rows first .. last-1 times `panels` panels. each(row, rows, panel, values) takes the sums of `rows` weight rows
-// from `row` on with one panel, values [rows][LANES].
+// Weight rows first .. last-1, `stride` apart, times `panels` panels. each(row, rows, panel, values) takes the sums of
+// `rows` weight rows from `row` on with one panel, values [rows][LANES].
 template <class Each>
-inline void many_dots(const float* weight, int64_t first, int64_t last, const float* panel, int64_t panels, int64_t k,
-                      const Each& each) {
+inline void many_dots(const float* weight, int64_t stride, int64_t first, int64_t last, const float* panel,
+                      int64_t panels, int64_t k, const Each& each) {
     Lanes out[TILE][2], one[TILE];
     for (int64_t row = first; row < last; row += TILE) {
         const int rows = static_cast<int>(row + TILE <= last ? TILE : last - row);
-        const float* w = weight + row * k;
+        const float* w = weight + row * stride;
         int64_t p = 0;
         for (; p + 2 <= panels; p += 2) {
             const float* in = panel + p * k * LANES;
-            if (rows == TILE) panel_tile<TILE, 2>(w, k, in, out);
-            else for (int r = 0; r < rows; r++) panel_tile<1, 2>(w + r * k, k, in, out + r);
+            if (rows == TILE) panel_tile<TILE, 2>(w, stride, k, in, out);
+            else for (int r = 0; r < rows; r++) panel_tile<1, 2>(w + r * stride, stride, k, in, out + r);
             for (int half = 0; half < 2; half++) {
                 for (int r = 0; r < rows; r++) one[r] = out[r][half];
                 each(row, rows, p + half, one);
@@ -97,8 +97,8 @@ inline void many_dots(const float* weight, int64_t first, int64_t last, const fl
         if (p < panels) {
             const float* in = panel + p * k * LANES;
             Lanes(*single)[1] = reinterpret_cast<Lanes(*)[1]>(one);
-            if (rows == TILE) panel_tile<TILE, 1>(w, k, in, single);
-            else for (int r = 0; r < rows; r++) panel_tile<1, 1>(w + r * k, k, in, single + r);
+            if (rows == TILE) panel_tile<TILE, 1>(w, stride, k, in, single);
+            else for (int r = 0; r < rows; r++) panel_tile<1, 1>(w + r * stride, stride, k, in, single + r);
             each(row, rows, p, one);
         }
     }

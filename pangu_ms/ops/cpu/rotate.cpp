@@ -1,5 +1,6 @@
 // Half-split rotary embedding of the dimensions start .. start + 2h - 1 of each head; the others pass through.
 #include "call.h"
+#include "rotate.h"
 #include "threads.h"
 
 // x [B, T, heads, D], cos and sin [B, T, 1, h], start -> y [B, T, heads, D]
@@ -15,13 +16,8 @@ OPERATOR(Rotate) {
             const int64_t angle = (shared ? row % length : row) * half;
             const float *c = cosines + angle, *s = sines + angle;
             for (int64_t head = 0; head < heads; head++) {
-                const float* first = x + (row * heads + head) * dim + start;
-                float* to = y + (row * heads + head) * dim + start;
-#pragma omp simd
-                for (int64_t i = 0; i < half; i++) {
-                    to[i] = first[i] * c[i] - first[half + i] * s[i];
-                    to[half + i] = first[half + i] * c[i] + first[i] * s[i];
-                }
+                const int64_t at = (row * heads + head) * dim + start;
+                turn(x + at, c, s, half, y + at);
             }
         }
     });

@@ -7,14 +7,14 @@
 #include "lanes.h"
 #include "threads.h"
 
-// logits [R, E], bias [E], scale [k], normalise -> ids int32 [R, k], weights [R, k]
+// logits [..., E], bias [E], scale [k], normalise -> ids int32 [..., k], weights [..., k]
 OPERATOR(Route) {
-    const int64_t experts = call.dim(0, 1), k = call.size(2);
+    const int64_t experts = call.dim(0, -1), k = call.size(2);
     const float *logits = call.floats(0), *bias = call.floats(1), *scale = call.floats(2);
     const bool normalise = *call.bools(3);
     int32_t* ids = static_cast<int32_t*>(call.data[4]);
     float* weights = call.floats(5);
-    in_chunks(call.dim(0, 0), experts * 8, [=](int64_t begin, int64_t end) {
+    in_chunks(call.size(0) / experts, experts * 8, [=](int64_t begin, int64_t end) {
         std::vector<float> score(experts), key(experts);
         std::vector<int32_t> order(experts);
         for (int64_t row = begin; row < end; row++) {
@@ -37,7 +37,7 @@ OPERATOR(Route) {
 }
 
 MANY_SHAPES(Route) {
-    if (ndims[0] != 2) return {{-2}, {-2}};
-    const Shape shape = {shapes[0][0], shapes[2][0]};
+    Shape shape = shape_of(0, ndims, shapes);
+    if (shape.back() != -2) shape.back() = shapes[2][0];
     return {shape, shape};
 }

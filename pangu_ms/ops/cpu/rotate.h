@@ -1,0 +1,11 @@
+// Half-split rotary embedding of one vector: x [2 * half], dimension i is paired with half + i.
+#pragma once
+#include <cstdint>
+
+inline void turn(const float* x, const float* cosines, const float* sines, int64_t half, float* y) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        y[i] = x[i] * cosines[i] - x[half + i] * sines[i];
+        y[half + i] = x[half + i] * cosines[i] + x[i] * sines[i];
+    }
+}
