@@ -219,7 +219,7 @@ def timed(call) -> float:
 # ---------------------------------------------------------------- generation
 
 def compile_seconds(model, rows: int) -> dict[str, float]:
-    """Seconds of compiling each form of the step; `rows` tokens are prefilled. Models without DSA have no sparse form."""
+    """Seconds of compiling each form of the step, prefilling `rows` tokens; sparse ones need DSA layers."""
     from pangu_ms.generation.engine import Engine
 
     engine, found = Engine(model), {}
@@ -272,10 +272,11 @@ def context_steps(model, contexts: list[int], rounds: int) -> list[dict]:
 
 # ---------------------------------------------------------------- kernels
 
-NODE = re.compile(r"^  %\d+\(.+?\) = (?:PrimFunc_)?(\w+)", re.MULTILINE)
+NODE = re.compile(r"^  %(\d+)\(.+?\) = (?:PrimFunc_)?(\w+)(.*)", re.MULTILINE)  # number, name, inputs
+NODE_INPUT = re.compile(r"%(\d+)\b")
+WEIGHT_INPUT = re.compile(r"%para\d+_(?:model\.|memory)")
+TAIL_INPUT = re.compile(r"%para\d+_(?:model\.merge_mhc_module|model\.norm|lm_head)\.")
 BOOKKEEPING = {"Load", "UpdateState", "Depend", "MakeTuple", "TupleGetItem"}
-# A node has the scope of its layer in its name; one that MindSpore expanded out of another has the source lines alone.
-IN_A_LAYER = re.compile(r"/layers-CellList/\d+-|/model/block\.py:")
 
 
 def count_kernels(ir: str) -> tuple[Counter, Counter]:
@@ -283,14 +284,27 @@ def count_kernels(ir: str) -> tuple[Counter, Counter]:
 
     The graph is the last one before execution, after fusion and the choice of kernels. Counted is every node that is
     launched, whether it computes or only moves: a Reshape costs a launch too. Not counted is what orders and names
-    values and is never launched: Load, UpdateState, Depend, MakeTuple, TupleGetItem. What all layers share (masks,
-    slots, rotary angles), the embedding, the merge and the head lie outside of the layers.
+    values and is never launched: Load, UpdateState, Depend, MakeTuple, TupleGetItem.
+
+    In the layers is what depends on the model's weights or cache, up to the weights of the merge, the final norm and
+    the head: the three kernels of the embedding, and those of the merge before its first weight, are among them.
+    Outside is what all layers share (masks, slots, rotary angles). MindSpore's own record of where a node comes from
+    does not serve: it gives every slice to the first cell that slices.
     """
     inside, outside = Counter(), Counter()
-    nodes = list(NODE.finditer(ir))
-    for node, end in zip(nodes, [node.start() for node in nodes[1:]] + [len(ir)]):
-        if node[1] not in BOOKKEEPING:
-            (inside if IN_A_LAYER.search(ir, node.start(), end) else outside)[node[1]] += 1
+    stored, layer, tail = set(), set(), set()  # nodes that are a weight or cache; depend on one; depend on the tail's
+    for number, name, inputs in NODE.findall(ir):
+        before = set(NODE_INPUT.findall(inputs))
+        in_layer = bool(WEIGHT_INPUT.search(inputs) or before & layer)
+        in_tail = bool(TAIL_INPUT.search(inputs) or before & tail)
+        if in_layer and not (name == "Shape" and before & stored):  # all masks depend on the capacity of the cache
+            layer.add(number)
+        if in_tail:
+            tail.add(number)
+        if name in BOOKKEEPING:
+            stored |= {number} if in_layer and before <= stored else set()
+        else:
+            (inside if in_layer and not in_tail else outside)[name] += 1
     return inside, outside
 
 
@@ -325,7 +339,8 @@ def report(found: dict) -> str:
     machine, cache = found["machine"], found["cache_bytes"]
     lines = [f"{found['model']}: {found['prompt_tokens']} prompt tokens, {found['new_tokens']} new ones, "
              f"{found['num_draft_tokens']} drafts, {found['threads']} threads, {found['rounds']} rounds",
-             f"machine     {machine['bytes_per_second'] / 1e9:.1f} GB/s, {machine['flop_per_second'] / 1e9:.0f} GFLOP/s"]
+             f"machine     {machine['bytes_per_second'] / 1e9:.1f} GB/s, "
+             f"{machine['flop_per_second'] / 1e9:.0f} GFLOP/s"]
     for name in ("prefill", "decode"):
         speed = found[name]["tokens_per_second"]
         lines.append(f"{name:<12}{speed['best']:,.1f} tokens/s (median {speed['median']:,.1f}), "
