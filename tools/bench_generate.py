@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def check(arguments: argparse.Namespace, config: PanguConfig, prompt: list[int]) -> None:
     """Refuses at once what would fail after minutes."""
-    check_request(config, prompt, arguments.new_tokens)
+    check_request(config, prompt, arguments.new_tokens, arguments.num_draft_tokens)
     if arguments.new_tokens < 2:
         raise PanguError("--new-tokens is 1: wanted at least 2, as the first one comes out of the prefill")
     if arguments.rounds < 1:
@@ -238,18 +238,18 @@ def form_start(form: str, config: PanguConfig) -> int:
 def timed_step(engine, step, start: int, width: int = 1) -> float:
     """Seconds of one step of `width` tokens behind a context of `start`."""
     engine.cache.reserve(start + width)
-    engine.cache.length = start
+    engine.cache.length[:] = start
     return timed(lambda: step(np.zeros((1, width), np.int32)))
 
 
 def generation_rounds(model, prompt: list[int], arguments: argparse.Namespace) -> list:
     """The last piece of each round, which holds the round's times; a round before them warms up."""
-    from pangu_ms.generation.engine import stream_generate
+    from pangu_ms import stream_generate
 
-    options = {"num_draft_tokens": arguments.num_draft_tokens} if arguments.num_draft_tokens else {}
     found = []
     for _ in range(1 + arguments.rounds):
-        *_, last = stream_generate(model, prompt, arguments.new_tokens, eos_token_ids=(), **options)
+        *_, last = stream_generate(model, prompt, arguments.new_tokens, num_draft_tokens=arguments.num_draft_tokens,
+                                   eos_token_ids=())
         found.append(last)
     return found[1:]
 
