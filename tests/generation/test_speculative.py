@@ -4,6 +4,7 @@ import pytest
 
 from pangu_ms import PanguForCausalLM
 from pangu_ms.generation.engine import Engine
+from pangu_ms.generation.sampling import Sampler, Sampling
 from pangu_ms.generation.stream import generate, generate_batch, stream_generate
 
 PROMPTS = [[9], [5, 6, 7, 8], list(range(20, 50))]
@@ -112,3 +113,35 @@ def test_nothing_is_compiled_again_while_generating(data):
     list(stream_generate(fresh, [1] * 250, 12, eos_token_ids=(), prefill_chunk=77))
     counts = [len(step.compile_cache) for step in fresh._functions.values()]
     assert counts == [1] * 4  # prefill and decoding, before and after index_topk
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["as it is", "always accepting"])
+def test_sampled_text_keeps_its_distribution(model, golden, monkeypatch, rule):
+    """20,000 draws of the next two tokens, four choices each, by steps that verify a draft, against plain sampling."""
+    text = golden("tiny", "T24")["ids"]
+    sampling = dict(temperature=1.5, top_k=4)
+    engine = Engine(model("tiny"), num_draft_tokens=1)
+    engine.prefill(text[:, :-1])
+    first = engine.verify(text[:, -1:])[0, 0]
+    likely = np.argsort(-first)[:4]
+    draft = likely[1]  # neither never nor always accepted
+    second = {token: engine.verify(np.array([[text[0, -1], token]], np.int32))[0, 1] for token in likely}
+    rows = engine.verify(np.array([[text[0, -1], draft]], np.int32))[0]
+
+    plain = Sampler(Sampling(**sampling), [])
+    exact = np.array([plain.probabilities(first, ())[token] * plain.probabilities(second[token], ())
+                      for token in likely])
+    if rule == "always accepting":
+        monkeypatch.setattr(Sampler, "verify", lambda self, logits, drafts: (1, self.choose(logits[1])))
+    counts = np.zeros_like(exact)
+    for seed in range(20_000):
+        sampler = Sampler(Sampling(seed=seed, **sampling), [])
+        accepted, own = sampler.verify(rows, [draft])
+        pair = (draft, own) if accepted else (own, sampler.choose(second[own]))
+        counts[list(likely).index(pair[0]), pair[1]] += 1
+    possible = exact > 0
+    assert possible.sum() == 16 and not counts[~possible].any() and 20_000 * exact[possible].min() > 5
+    expected = 20_000 * exact[possible]
+    statistic = ((counts[possible] - expected) ** 2 / expected).sum()
+    assert (statistic < 30.58) == (rule == "as it is")  # the upper 1 % point of chi-square with 15 degrees of freedom
