@@ -19,7 +19,7 @@ class BuildIfPossible(build_ext):
         try:
             super().build_extension(extension)
         except Exception as error:
-            print(f"pangu_ms: compiled CPU operators left out, plain MindSpore takes their place: {error}", file=sys.stderr)
+            print(f"pangu_ms: compiled CPU operators left out, plain MindSpore in their place: {error}", file=sys.stderr)
 
 
 setup(

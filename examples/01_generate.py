@@ -43,7 +43,7 @@ def show_architecture(config):
 
 
 def main():
-    print(f"{DIRECTORY.name}: openPangu-2.0 in miniature, with RANDOM weights: its shape is real, its output is noise\n")
+    print(f"{DIRECTORY.name}: openPangu-2.0 in miniature, with RANDOM weights: its shape is real, its text is noise\n")
     show_architecture(PanguConfig.from_pretrained(DIRECTORY))
 
     model = PanguForCausalLM.from_pretrained(DIRECTORY)

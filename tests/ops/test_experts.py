@@ -8,7 +8,8 @@ from pangu_ms import ops as operators
 HIDDEN, WIDTH, EXPERTS, CHOICES = 12, 7, 6, 3
 
 
-@pytest.mark.parametrize("form, tokens", [("few_tokens", 1), ("few_tokens", 4), ("many_tokens", 1), ("many_tokens", 150)])
+@pytest.mark.parametrize("form, tokens", [("few_tokens", 1), ("few_tokens", 4),
+                                          ("many_tokens", 1), ("many_tokens", 150)])
 @pytest.mark.parametrize("routing", ["random", "skewed"])
 def test_against_a_loop(form, tokens, routing):
     rng = np.random.default_rng(tokens)
