@@ -11,41 +11,38 @@
 constexpr int FEW = 2;                                  // up to so many tokens the first form is faster
 constexpr int TILE = LANES == 16 ? 8 : 4;               // weight rows at once: their sums must fit the registers
 
-// ROWS weight rows times M tokens; x has rows of k. each(row, token, value) takes the results.
-template <int ROWS, int M, class Each>
-inline void dot_rows(const float* weight, const float* x, int64_t k, int64_t row, int64_t token, const Each& each) {
-    Lanes total[ROWS][M] = {};
+// One weight row times M tokens; x has rows of k. each(row, token, value) takes the results. One row at a time, because
+// a single stream is what memory delivers fastest; 4 sums in flight hide the latency of an addition.
+template <int M, class Each>
+inline void dot_row(const float* weight, const float* x, int64_t k, int64_t row, int64_t token, const Each& each) {
+    constexpr int FLIGHT = 4;
+    Lanes total[M][FLIGHT] = {};
     int64_t i = 0;
-    for (; i + LANES <= k; i += LANES) {
-        Lanes in[M];
-        for (int m = 0; m < M; m++) in[m] = load(x + m * k + i);
-        for (int r = 0; r < ROWS; r++) {
-            const Lanes w = load(weight + r * k + i);
-            for (int m = 0; m < M; m++) total[r][m] += w * in[m];
+    for (; i + FLIGHT * LANES <= k; i += FLIGHT * LANES)
+        for (int f = 0; f < FLIGHT; f++) {
+            __builtin_prefetch(weight + i + f * LANES + 1024);
+            const Lanes w = load(weight + i + f * LANES);
+            for (int m = 0; m < M; m++) total[m][f] += w * load(x + m * k + i + f * LANES);
         }
+    for (; i + LANES <= k; i += LANES)
+        for (int m = 0; m < M; m++) total[m][0] += load(weight + i) * load(x + m * k + i);
+    for (int m = 0; m < M; m++) {
+        float value = sum((total[m][0] + total[m][1]) + (total[m][2] + total[m][3]));
+        for (int64_t rest = i; rest < k; rest++) value += weight[rest] * x[m * k + rest];
+        each(row, token + m, value);
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int m = 0; m < M; m++) {
-            float value = sum(total[r][m]);
-            for (int64_t rest = i; rest < k; rest++) value += weight[r * k + rest] * x[m * k + rest];
-            each(row + r, token + m, value);
-        }
 }
 
 // Weight rows first .. last-1 times m tokens x [m, k].
 template <class Each>
 inline void few_dots(const float* weight, int64_t first, int64_t last, const float* x, int64_t m, int64_t k,
                      const Each& each) {
-    int64_t row = first;
-    for (; row + 4 <= last; row += 4) {
+    for (int64_t row = first; row < last; row++) {
         const float* w = weight + row * k;
         int64_t t = 0;
-        for (; t + 3 <= m; t += 3) dot_rows<4, 3>(w, x + t * k, k, row, t, each);
-        if (m - t == 2) dot_rows<4, 2>(w, x + t * k, k, row, t, each);
-        if (m - t == 1) dot_rows<4, 1>(w, x + t * k, k, row, t, each);
+        for (; t + 2 <= m; t += 2) dot_row<2>(w, x + t * k, k, row, t, each);
+        if (t < m) dot_row<1>(w, x + t * k, k, row, t, each);
     }
-    for (; row < last; row++)
-        for (int64_t t = 0; t < m; t++) dot_rows<1, 1>(weight + row * k, x + t * k, k, row, t, each);
 }
 
 inline int64_t panels_of(int64_t tokens) { return (tokens + LANES - 1) / LANES; }
