@@ -1,0 +1,202 @@
+"""Each compiled operator against its plain form: results, gradients, and lengths that change after compiling."""
+import mindspore as ms
+import numpy as np
+import pytest
+
+import pangu_ms.model  # noqa: F401  turns graph mode on
+from pangu_ms import ops as operators
+from pangu_ms.ops import compiled
+
+if not compiled.available():
+    pytest.skip("the compiled operators are not built here (python setup.py build_ext --inplace) or turned off",
+                allow_module_level=True)
+
+TOLERANCE = 1e-6  # of the largest value
+GRADIENT_TOLERANCE = 1e-5  # the same formula, but what adds up to nearly zero is summed in another order
+ANY = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return ms.Tensor(ANY.normal(size=shape).astype(np.float32))
+
+
+def angles(batch, length, half):
+    angle = ANY.uniform(0, 6, size=(batch, length, 1, half))
+    return ms.Tensor(np.cos(angle).astype(np.float32)), ms.Tensor(np.sin(angle).astype(np.float32))
+
+
+def mask(*shape):
+    """Random, with the first entry of each row seen, so that no row is empty."""
+    seen = ANY.uniform(size=shape) < 0.6
+    seen[..., 0] = True
+    return ms.Tensor(seen)
+
+
+def causal(batch, length, sinks, keys, window):
+    """What queries at the end of `keys` rows see: the sinks, and `window` rows up to themselves."""
+    distance = np.arange(keys - length, keys)[:, None] - np.arange(keys)
+    seen = np.concatenate((np.ones((length, sinks), bool), (distance >= 0) & (distance < window)), 1)
+    return ms.Tensor(np.tile(seen[None, :, None], (batch, 1, 1, 1)))
+
+
+def attention(batch, length, keys, per_query=False, heads=3, nope=6, rope=4, value=5, latent=21, sinks=3, window=9):
+    rows = (batch, length, keys) if per_query else (batch, keys)
+    seen = mask(batch, length, 1, sinks + keys) if per_query else causal(batch, length, sinks, keys, window)
+    return (normal(batch, length, heads, nope + rope), normal(sinks, latent + rope), normal(*rows, latent + rope), seen,
+            normal(heads * (nope + value), latent), 0.3)
+
+
+def streams(batch, length, n, hidden, gates):
+    width = n * hidden
+    return normal(batch, length, n, hidden), normal(width), normal(gates, width) * 0.1
+
+
+def routing(rows, experts, choices, skewed):
+    if skewed:
+        ids = np.tile(np.arange(experts - choices, experts), (*rows, 1))
+    else:
+        ids = ANY.uniform(size=(*rows, experts)).argsort(-1)[..., :choices]
+    return ms.Tensor(ids.astype(np.int32)), ms.Tensor(ANY.uniform(size=(*rows, choices)).astype(np.float32))
+
+
+def experts(rows, hidden, width, count, choices, skewed=False):
+    return (normal(*rows, hidden), *routing(rows, count, choices, skewed), normal(count, width, hidden),
+            normal(count, width, hidden), normal(count, hidden, width))
+
+
+def read(batch, length, n, hidden):
+    gates = n * (n + 2)
+    return *streams(batch, length, n, hidden, gates), normal(3), normal(gates), 1e-6, 20
+
+
+def conv(batch, length, channels, past, width, shared=False):
+    open_ = ms.Tensor(ANY.uniform(size=(1 if shared else batch, length, 1)) < 0.7)
+    return normal(batch, length, channels), normal(batch, past, channels), normal(channels, 1, width), open_
+
+
+CASES = [
+    *[("linear", lambda m=m, k=k, n=n: (normal(*m, k), normal(n, k)))
+      for m, k, n in [((1, 1), 64, 48), ((1, 2), 77, 13), ((3,), 512, 300), ((2, 9), 33, 17), ((1, 150), 64, 100)]],
+    *[("rms_norm", lambda m=m, d=d: (normal(*m, d), normal(d), 1e-5)) for m, d in [((1, 1), 512), ((2, 70), 77)]],
+    *[("swiglu", lambda m=m: (normal(*m) * 20, normal(*m))) for m in [(1, 1, 7), (2, 300, 64)]],
+    *[("rotate", lambda b=b, t=t, s=s: (normal(b, t, 3, 24), *angles(b, t, 4), s))
+      for b, t, s in [(1, 1, 0), (2, 5, 16), (2, 70, 7)]],
+    *[("short_conv", lambda a=a: conv(*a))
+      for a in [(1, 1, 7, 2, 3), (2, 2, 33, 4, 3), (3, 70, 64, 2, 3), (2, 5, 8, 3, 2)]],
+    *[("latent_rows", lambda b=b, t=t: (normal(b, t, 21), normal(b, t, 27), normal(21), *angles(b, t, 3), 1e-5))
+      for b, t in [(1, 1), (2, 70)]],
+    *[("hyper_connection_read", lambda a=a: read(*a)) for a in [(1, 1, 4, 64), (2, 3, 4, 33), (1, 70, 4, 16), (2, 2, 2, 9)]],
+    *[("hyper_connection_write", lambda b=b, t=t: (normal(b, t, 33), normal(b, t, 4, 1), normal(b, t, 4, 4),
+                                                  normal(b, t, 4, 33))) for b, t in [(1, 1), (2, 70)]],
+    *[("hyper_connection_merge", lambda b=b, t=t: (*streams(b, t, 4, 33, 4), normal(1), normal(4), 1e-5))
+      for b, t in [(1, 1), (2, 35)]],
+    *[("route", lambda r=r, n=n: (normal(*r, 19) * 3, normal(19) * 0.1, ms.Tensor([2.5] * 4, ms.float32), n))
+      for r, n in [((1, 1), True), ((2, 70), True), ((2, 3), False)]],
+    *[(form, lambda a=a: experts(*a)) for form, a in [
+        ("few_tokens", ((1, 1), 64, 32, 8, 2)), ("few_tokens", ((4,), 33, 7, 6, 3)),
+        ("many_tokens", ((2, 75), 33, 17, 6, 3)), ("many_tokens", ((2, 75), 16, 32, 6, 3, True)),
+        ("many_tokens", ((1, 1), 33, 7, 6, 3))]],
+    *[("feed_forward", lambda m=m: (normal(*m, 33), normal(17, 33), normal(17, 33), normal(33, 17)))
+      for m in [(1, 1), (2, 1), (2, 70)]],
+    *[("masked_softmax", lambda s=s, v=v: (normal(*s) * 30, mask(*v), 0.7))
+      for s, v in [((2, 3, 5, 19), (2, 1, 5, 19)), ((1, 1, 4, 300), (1, 1, 1, 300)), ((2, 1, 3, 8), (1, 1, 1, 8))]],
+    *[("absorbed_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
+        ((1, 1, 40), {}), ((2, 1, 7), {}), ((2, 5, 30), {}), ((2, 5, 12), {"per_query": True}),
+        ((1, 3, 20), {"heads": 19, "latent": 32})]],
+    *[("expanded_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
+        ((1, 1, 1), {}), ((2, 5, 9), {}), ((1, 150, 170), {}), ((2, 70, 70), {"window": 99, "sinks": 16}),
+        ((1, 80, 80), {"value": 20, "sinks": 17, "window": 20})]],
+]
+
+
+@pytest.mark.parametrize("name, make", CASES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CASES)])
+def test_equals_the_plain_form(name, make, monkeypatch):
+    arguments = make()
+    fast, plain = forms(name, monkeypatch)
+    for found, wanted in zip(results(Form(fast)(*arguments)), results(Form(plain)(*arguments)), strict=True):
+        close(found, wanted)
+    gradient = ms.ops.GradOperation(get_all=True)
+    for found, wanted in zip(gradient(Form(fast))(*arguments), gradient(Form(plain))(*arguments), strict=True):
+        close(found, wanted, GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("name, make", [("linear", lambda t: (normal(1, t, 33), normal(17, 33))),
+                                        ("hyper_connection_read", lambda t: read(1, t, 4, 9)),
+                                        ("many_tokens", lambda t: experts((1, t), 16, 8, 5, 2)),
+                                        ("expanded_attention", lambda t: attention(1, t, t))])
+def test_one_compilation_serves_every_length(name, make, monkeypatch):
+    fast, plain = forms(name, monkeypatch)
+    cell, reference = Form(fast), Form(plain)
+    open_lengths = [ms.Tensor(shape=[None if a == 50 else a for a in argument.shape], dtype=argument.dtype)
+                    if isinstance(argument, ms.Tensor) else argument for argument in make(50)]
+    if name == "expanded_attention":
+        open_lengths[3] = ms.Tensor(shape=[1, None, 1, None], dtype=ms.bool_)
+    cell.set_inputs(*open_lengths)
+    for length in (50, 1, 7, 130):
+        arguments = make(length)
+        for found, wanted in zip(results(cell(*arguments)), results(reference(*arguments)), strict=True):
+            close(found, wanted)
+
+
+@pytest.mark.parametrize("length, kept", [(1, 1), (3, 3), (2, 5), (40, 5)])  # decoding writes the new rows, prefill all
+def test_ring(length, kept, monkeypatch):
+    batch, size, dim, start = 2, 5, 7, 11
+    fast, plain = forms("remember", monkeypatch)
+    begin = np.arange(batch)[:, None] * size
+    order = ms.Tensor((begin + (start - size + np.arange(size)) % size).astype(np.int32))
+    slots = ms.Tensor((begin + (start + length - kept + np.arange(kept)) % size).astype(np.int32))
+    ring, new = normal(batch * size, dim), normal(batch, length, dim)
+    rings = [ms.Tensor(ring.asnumpy().copy()) for _ in range(2)]
+    found, wanted = (Form(form)(kept_ring, new, order, slots, length == kept)
+                     for form, kept_ring in zip((fast, plain), rings))
+    assert np.array_equal(found.asnumpy(), wanted.asnumpy())
+    assert np.array_equal(*(kept_ring.asnumpy() for kept_ring in rings))
+    assert not np.array_equal(rings[0].asnumpy(), ring.asnumpy())
+
+
+def test_extreme_values(monkeypatch):
+    """exp at both ends: gates saturate and nothing overflows."""
+    fast, plain = forms("swiglu", monkeypatch)
+    gate = ms.Tensor(np.array([-200, -100, -88, -87, -1e-8, 0, 1e-8, 87, 88, 100, 200], np.float32))
+    up = ms.Tensor(np.ones(11, np.float32))
+    found = Form(fast)(gate, up).asnumpy()
+    assert np.isfinite(found).all()
+    wanted = gate.asnumpy().astype(np.float64) / (1 + np.exp(-gate.asnumpy().astype(np.float64)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-35)
+
+
+def test_other_dtypes_are_refused():
+    half = ms.Tensor(np.ones((2, 4), np.float16))
+    with pytest.raises(RuntimeError):
+        Form(operators.operator("swiglu", "float32"))(half, half).asnumpy()
+
+
+def forms(name, monkeypatch):
+    fast = operators.operator(name, "float32")
+    with monkeypatch.context() as environment:
+        environment.setenv("PANGU_MS_COMPILED_OPS", "0")
+        plain = operators.operator(name, "float32")
+    assert isinstance(fast, ms.ops.Custom) and not isinstance(plain, ms.ops.Custom)
+    return fast, plain
+
+
+def results(outputs):
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def close(found, wanted, tolerance=TOLERANCE):
+    found, wanted = found.asnumpy(), wanted.asnumpy()
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype
+    if found.dtype == np.int32:
+        assert np.array_equal(found, wanted)
+    else:
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(np.abs(wanted).max(), 1e-30))
+
+
+class Form(ms.nn.Cell):
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def construct(self, *arguments):
+        return self.form(*arguments)
