@@ -1,4 +1,4 @@
-# Everything runs inside .venv, which is made on first use and brought up to date when setup.py changes.
+# Everything runs inside .venv, made on first use and brought up to date when setup.py or the C++ sources change.
 installed := .venv/installed
 
 .PHONY: demo test
@@ -10,7 +10,7 @@ test: $(installed)
 	.venv/bin/python -m pytest
 
 # Each candidate is run, not only looked up: a version manager's stub can be on the path and still not start.
-$(installed): setup.py
+$(installed): setup.py $(wildcard pangu_ms/ops/cpu/*)
 	@if [ ! -x .venv/bin/python ]; then \
 	    for python in python3.11 python3.10 python3; do \
 	        $$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 12))' >/dev/null 2>&1 || continue; \
