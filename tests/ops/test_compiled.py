@@ -85,7 +85,8 @@ CASES = [
       for a in [(1, 1, 7, 2, 3), (2, 2, 33, 4, 3), (3, 70, 64, 2, 3), (2, 5, 8, 3, 2)]],
     *[("latent_rows", lambda b=b, t=t: (normal(b, t, 21), normal(b, t, 27), normal(21), *angles(b, t, 3), 1e-5))
       for b, t in [(1, 1), (2, 70)]],
-    *[("hyper_connection_read", lambda a=a: read(*a)) for a in [(1, 1, 4, 64), (2, 3, 4, 33), (1, 70, 4, 16), (2, 2, 2, 9)]],
+    *[("hyper_connection_read", lambda a=a: read(*a))
+      for a in [(1, 1, 4, 64), (2, 3, 4, 33), (1, 70, 4, 16), (2, 2, 2, 9)]],
     *[("hyper_connection_write", lambda b=b, t=t: (normal(b, t, 33), normal(b, t, 4, 1), normal(b, t, 4, 4),
                                                   normal(b, t, 4, 33))) for b, t in [(1, 1), (2, 70)]],
     *[("hyper_connection_merge", lambda b=b, t=t: (*streams(b, t, 4, 33, 4), normal(1), normal(4), 1e-5))

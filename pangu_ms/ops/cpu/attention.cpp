@@ -46,20 +46,14 @@ OPERATOR(MaskedSoftmax) {
 
 ONE_SHAPE(MaskedSoftmax) { return shape_of(0, ndims, shapes); }
 
-inline float dot(const float* a, const float* b, int64_t n) {
-    float total = 0;
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < n; i++) total += a[i] * b[i];
-    return total;
-}
-
 inline void add(float part, const float* from, int64_t n, float* to) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) to[i] += part * from[i];
 }
 
 // q [B, T, heads, nope + rope], sinks [S0, D], keys [..., D] for each sequence or each query,
-// visible bool [B, T, 1, S0 + S], kv_b [heads * (nope + value), latent], scale -> [B, T, heads * value]; D = latent + rope
+// visible bool [B, T, 1, S0 + S], kv_b [heads * (nope + value), latent], scale -> [B, T, heads * value]
+// D = latent + rope
 OPERATOR(AbsorbedAttention) {
     const int64_t batch = call.dim(0, 0), length = call.dim(0, 1), heads = call.dim(0, 2), head_dim = call.dim(0, 3),
                   sinks = call.dim(1, 0), dim = call.dim(1, 1), latent = call.dim(4, 1), total = call.dim(3, 3),
@@ -70,22 +64,51 @@ OPERATOR(AbsorbedAttention) {
     const bool* visible = call.bools(3);
     const bool shared = call.dim(3, 0) == 1;
     float* y = call.floats(6);
-    parallel(batch * length * heads, [=](int64_t item) {
-        const int64_t head = item % heads, row = item / heads;
-        const float *from = q + item * head_dim, *up = kv_b + head * (nope + value) * latent,
+    // LANES heads at a time share the rows that they read.
+    const int64_t parts = panels_of(heads), columns = latent / LANES, rest = latent - columns * LANES;
+    parallel(batch * length * parts, [=](int64_t item) {
+        const int64_t row = item / parts, head = item % parts * LANES, count = std::min<int64_t>(LANES, heads - head);
+        const float *from = q + (row * heads + head) * head_dim,
                     *rows = keys + (groups == batch ? row / length : row) * own * dim;
         const bool* seen = visible + (shared ? row % length : row) * total;
-        float *query = scratch(WORK_OWN, dim + latent + total), *mean = query + dim, *score = mean + latent;
-        std::fill(query, query + latent, 0.0f);
-        for (int64_t i = 0; i < nope; i++) add(from[i], up + i * latent, latent, query);
-        memcpy(query + latent, from + nope, rope * sizeof(float));
-        const auto key = [=](int64_t s) { return s < sinks ? sink + s * dim : rows + (s - sinks) * dim; };
-        for (int64_t s = 0; s < total; s++) score[s] = seen[s] ? dot(query, key(s), dim) : 0.0f;
-        softmax(score, seen, scale, total, score);
-        std::fill(mean, mean + latent, 0.0f);
-        for (int64_t s = 0; s < total; s++)
-            if (seen[s]) add(score[s], key(s), latent, mean);
-        for (int64_t v = 0; v < value; v++) y[item * value + v] = dot(mean, up + (nope + v) * latent, latent);
+        float *query = scratch(WORK_OWN, LANES * (2 * dim + latent + total)), *packed = query + LANES * dim,
+              *mean = packed + LANES * dim, *score = mean + LANES * latent;
+        std::fill(query, query + count * dim, 0.0f);
+        for (int64_t h = 0; h < count; h++) {
+            const float* up = kv_b + (head + h) * (nope + value) * latent;
+            for (int64_t i = 0; i < nope; i++) add(from[h * head_dim + i], up + i * latent, latent, query + h * dim);
+            memcpy(query + h * dim + latent, from + h * head_dim + nope, rope * sizeof(float));
+        }
+        pack_panel([=](int64_t h) { return h < count ? query + h * dim : nullptr; }, dim, packed);
+        const auto into = [=](int64_t at) {
+            return [=](int64_t s, int n, int64_t, const Lanes* v) {
+                for (int64_t h = 0; h < count; h++)
+                    for (int r = 0; r < n; r++) score[h * total + at + s + r] = v[r][h];
+            };
+        };
+        many_dots(sink, dim, 0, sinks, {packed, LANES, 0}, 1, dim, into(0));
+        many_dots(rows, dim, 0, own, {packed, LANES, 0}, 1, dim, into(sinks));
+        for (int64_t h = 0; h < count; h++) softmax(score + h * total, seen, scale, total, score + h * total);
+        std::fill(mean, mean + count * latent, 0.0f);
+        const auto sum_up = [=](int64_t h, int n, int64_t c, const Lanes* v) {
+            for (int r = 0; r < n; r++) {
+                float* to = mean + (h + r) * latent + c * LANES;
+                store(to, load(to) + v[r]);
+            }
+        };
+        many_dots(score, total, 0, count, {sink, dim, LANES}, columns, sinks, sum_up);
+        many_dots(score + sinks, total, 0, count, {rows, dim, LANES}, columns, own, sum_up);
+        for (int64_t h = 0; h < count; h++) {
+            float* to = mean + h * latent;
+            for (int64_t s = 0; s < total && rest; s++) {
+                const float* line = s < sinks ? sink + s * dim : rows + (s - sinks) * dim;
+                add(score[h * total + s], line + columns * LANES, rest, to + columns * LANES);
+            }
+            const float* down = kv_b + ((head + h) * (nope + value) + nope) * latent;
+            few_dots(down, 0, value, to, 1, latent, [=](int64_t v, int64_t, float sum) {
+                y[(row * heads + head + h) * value + v] = sum;
+            });
+        }
     });
 }
 
@@ -129,13 +152,15 @@ OPERATOR(ExpandedAttention) {
                     else std::fill(rows + i * dim, rows + (i + 1) * dim, 0.0f);
                 pack_panel([=](int64_t i) { return rows + i * dim; }, dim, packed);
                 float* to = turned + p * head_dim * LANES;
-                many_dots(to_key, latent, 0, nope, packed, 1, latent, [=](int64_t d, int n, int64_t, const Lanes* v) {
+                const auto to_keys = [=](int64_t d, int n, int64_t, const Lanes* v) {
                     for (int r = 0; r < n; r++) store(to + (d + r) * LANES, v[r]);
-                });
+                };
+                many_dots(to_key, latent, 0, nope, {packed, LANES, 0}, 1, latent, to_keys);
                 memcpy(to + nope * LANES, packed + latent * LANES, rope * LANES * sizeof(float));
-                many_dots(rows, dim, 0, LANES, up, columns, latent, [=](int64_t s, int n, int64_t c, const Lanes* v) {
+                const auto to_values = [=](int64_t s, int n, int64_t c, const Lanes* v) {
                     for (int r = 0; r < n; r++) store(values + (c * wide + p * LANES + s + r) * LANES, v[r]);
-                });
+                };
+                many_dots(rows, dim, 0, LANES, packed_panels(up, latent), columns, latent, to_values);
             });
             parallel(blocks, [=](int64_t block) {
                 const int64_t first = block * QUERIES, count = std::min(QUERIES, length - first);
@@ -158,9 +183,9 @@ OPERATOR(ExpandedAttention) {
                         for (int r = 0; r < n; r++) store(score + (t + r) * span + (at + p) * LANES, v[r]);
                     };
                 };
-                many_dots(from, heads * head_dim, 0, count, turned, always, head_dim, into(0));
-                many_dots(from, heads * head_dim, 0, count, turned + begin * head_dim * LANES, end - begin, head_dim,
-                          into(always));
+                many_dots(from, heads * head_dim, 0, count, packed_panels(turned, head_dim), always, head_dim, into(0));
+                many_dots(from, heads * head_dim, 0, count, packed_panels(turned + begin * head_dim * LANES, head_dim),
+                          end - begin, head_dim, into(always));
                 for (int64_t t = 0; t < count; t++) {
                     for (int64_t i = 0; i < span; i++) {
                         const int64_t s = i < always * LANES ? i : i + (begin - always) * LANES;
@@ -181,8 +206,8 @@ OPERATOR(ExpandedAttention) {
                                 }
                         };
                     };
-                    many_dots(score, span, 0, count, panel, 1, always * LANES, add(false));
-                    many_dots(score + always * LANES, span, 0, count, panel + begin * LANES * LANES, 1,
+                    many_dots(score, span, 0, count, {panel, LANES, 0}, 1, always * LANES, add(false));
+                    many_dots(score + always * LANES, span, 0, count, {panel + begin * LANES * LANES, LANES, 0}, 1,
                               (end - begin) * LANES, add(true));
                 }
             });

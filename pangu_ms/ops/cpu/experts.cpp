@@ -39,14 +39,16 @@ static void many(const Matrices& w, int64_t tokens, const In& in, const Out& out
             for (int r = 0; r < rows; r++) store(to + p * area + (f + r) * LANES, v[r]);
         };
     };
-    many_dots(w.gate, w.hidden, 0, w.width, x, panels, w.hidden, into(gate));
-    many_dots(w.up, w.hidden, 0, w.width, x, panels, w.hidden, into(up));
+    many_dots(w.gate, w.hidden, 0, w.width, packed_panels(x, w.hidden), panels, w.hidden, into(gate));
+    many_dots(w.up, w.hidden, 0, w.width, packed_panels(x, w.hidden), panels, w.hidden, into(up));
 #pragma omp simd
     for (int64_t i = 0; i < panels * area; i++) gate[i] = gate[i] * sigmoid(gate[i]) * up[i];
-    many_dots(w.down, w.width, 0, w.hidden, gate, panels, w.width, [&](int64_t h, int rows, int64_t p, const Lanes* v) {
+    const Panels inner = packed_panels(gate, w.width);
+    const auto to_rows = [&](int64_t h, int rows, int64_t p, const Lanes* v) {
         for (int64_t i = 0; i < LANES && p * LANES + i < tokens; i++)
             for (int r = 0; r < rows; r++) out(p * LANES + i)[h + r] = v[r][i];
-    });
+    };
+    many_dots(w.down, w.width, 0, w.hidden, inner, panels, w.width, to_rows);
 }
 
 template <class In, class Out>

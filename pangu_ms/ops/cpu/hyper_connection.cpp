@@ -23,10 +23,11 @@ static void gate_products(const float* tokens, int64_t n, int64_t width, const f
     for (int64_t p = 0; p < panels_of(n); p++)
         pack_panel([=](int64_t i) { return p * LANES + i < n ? normed + (p * LANES + i) * width : nullptr; }, width,
                    panels + p * width * LANES);
-    many_dots(phi, width, 0, gates, panels, panels_of(n), width, [=](int64_t g, int rows, int64_t p, const Lanes* v) {
+    const auto to_gates = [=](int64_t g, int rows, int64_t p, const Lanes* v) {
         for (int64_t i = 0; i < LANES && p * LANES + i < n; i++)
             for (int r = 0; r < rows; r++) m[(p * LANES + i) * gates + g + r] = v[r][i];
-    });
+    };
+    many_dots(phi, width, 0, gates, packed_panels(panels, width), panels_of(n), width, to_gates);
 }
 
 // x = sum_i gate[i] * stream[i]

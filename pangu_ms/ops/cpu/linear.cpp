@@ -26,7 +26,7 @@ OPERATOR(Linear) {
     const int64_t blocks = (panels + depth - 1) / depth, columns = (n + wide - 1) / wide;
     parallel(blocks * columns, [=](int64_t item) {
         const int64_t from = item / columns * depth, first = item % columns * wide;
-        many_dots(weight, k, first, std::min(first + wide, n), packed + from * k * LANES,
+        many_dots(weight, k, first, std::min(first + wide, n), packed_panels(packed + from * k * LANES, k),
                   std::min(depth, panels - from), k, [=](int64_t row, int rows, int64_t panel, const Lanes* v) {
             const int64_t start = (from + panel) * LANES;
             for (int64_t t = 0; t < LANES && start + t < m; t++)

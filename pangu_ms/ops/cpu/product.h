@@ -56,13 +56,20 @@ inline void pack_panel(const Row& row, int64_t k, float* panel) {
     }
 }
 
+// Panels of LANES columns: `line` from one of the K lines to the next, `step` from one panel to the next. Packed ones
+// are {data, LANES, K * LANES}; rows of a matrix [K, D] as they lie are {data, D, LANES}.
+struct Panels {
+    const float* data;
+    int64_t line, step;
+};
+
 // ROWS weight rows, `stride` apart, times PANELS neighbouring panels -> out [ROWS][PANELS].
 template <int ROWS, int PANELS>
-inline void panel_tile(const float* weight, int64_t stride, int64_t k, const float* panel, Lanes out[ROWS][PANELS]) {
+inline void panel_tile(const float* weight, int64_t stride, int64_t k, Panels panel, Lanes out[ROWS][PANELS]) {
     Lanes total[ROWS][PANELS] = {};
     for (int64_t i = 0; i < k; i++) {
         Lanes in[PANELS];
-        for (int p = 0; p < PANELS; p++) in[p] = load(panel + (p * k + i) * LANES);
+        for (int p = 0; p < PANELS; p++) in[p] = load(panel.data + p * panel.step + i * panel.line);
         for (int r = 0; r < ROWS; r++) {
             const Lanes w = Lanes{} + weight[r * stride + i];
             for (int p = 0; p < PANELS; p++) total[r][p] += w * in[p];
@@ -72,18 +79,20 @@ inline void panel_tile(const float* weight, int64_t stride, int64_t k, const flo
         for (int p = 0; p < PANELS; p++) out[r][p] = total[r][p];
 }
 
+inline Panels packed_panels(const float* data, int64_t k) { return {data, LANES, k * LANES}; }
+
 // Weight rows first .. last-1, `stride` apart, times `panels` panels. each(row, rows, panel, values) takes the sums of
 // `rows` weight rows from `row` on with one panel, values [rows][LANES].
 template <class Each>
-inline void many_dots(const float* weight, int64_t stride, int64_t first, int64_t last, const float* panel,
-                      int64_t panels, int64_t k, const Each& each) {
+inline void many_dots(const float* weight, int64_t stride, int64_t first, int64_t last, Panels panel, int64_t panels,
+                      int64_t k, const Each& each) {
     Lanes out[TILE][2], one[TILE];
     for (int64_t row = first; row < last; row += TILE) {
         const int rows = static_cast<int>(row + TILE <= last ? TILE : last - row);
         const float* w = weight + row * stride;
         int64_t p = 0;
         for (; p + 2 <= panels; p += 2) {
-            const float* in = panel + p * k * LANES;
+            const Panels in{panel.data + p * panel.step, panel.line, panel.step};
             if (rows == TILE) panel_tile<TILE, 2>(w, stride, k, in, out);
             else for (int r = 0; r < rows; r++) panel_tile<1, 2>(w + r * stride, stride, k, in, out + r);
             for (int half = 0; half < 2; half++) {
@@ -92,7 +101,7 @@ inline void many_dots(const float* weight, int64_t stride, int64_t first, int64_
             }
         }
         if (p < panels) {
-            const float* in = panel + p * k * LANES;
+            const Panels in{panel.data + p * panel.step, panel.line, panel.step};
             Lanes(*single)[1] = reinterpret_cast<Lanes(*)[1]>(one);
             if (rows == TILE) panel_tile<TILE, 1>(w, stride, k, in, single);
             else for (int r = 0; r < rows; r++) panel_tile<1, 1>(w + r * stride, stride, k, in, single + r);
