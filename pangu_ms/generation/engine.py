@@ -58,7 +58,7 @@ class Engine:
 
         texts: the known ids of each sequence, of which all but the last are in the cache.
         """
-        window = Draft.window(self.drafts, min(self.drafts, self.depths))
+        window = Draft.window(self.drafts, self.depths)
         # Before the beginning of a short text the window holds rows that mean nothing and are seen by none.
         tokens = np.array([([0] * window + text[1:])[-window:] for text in texts], np.int32)
         starts = np.array([[len(text) - 1 - window] for text in texts], np.int32)

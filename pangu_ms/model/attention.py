@@ -11,6 +11,7 @@ from pangu_ms.model.conv import ShortConv
 from pangu_ms.model.indexer import Indexer
 from pangu_ms.model.linear import Linear, parameter
 from pangu_ms.model.norm import RMSNorm
+from pangu_ms.model.rows import with_sinks
 from pangu_ms.ops import operator
 from pangu_ms.ops.portable import MASKED
 
@@ -21,7 +22,7 @@ class Attention(nn.Cell):
     def __init__(self, config, plan):
         super().__init__()
         self.heads, self.nope, self.rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
-        self.latent, self.topk = config.kv_lora_rank, config.index_topk
+        self.latent, self.topk, self.sinks = config.kv_lora_rank, config.index_topk, config.param_sink_number
         self.windowed, self.dsa = plan.window is not None, plan.kind == "dsa"
         self.visible, self.order, self.slot = (f"{what}_{plan.window}" for what in ("visible", "order", "slot"))
         hidden, q_rank, out = config.hidden_size, config.q_lora_rank, self.heads * config.v_head_dim
@@ -58,7 +59,7 @@ class Attention(nn.Cell):
             if self.dsa:
                 scores = self._masked_scores(x, q_latent, self.indexer.keys(x, rows), rows)
                 selected = self._selection(scores, rows["causal"])
-                visible = self._with_sinks(selected)
+                visible = with_sinks(selected, self.sinks)
         elif self.windowed:
             past = self.remember(memory[LATENT], row, rows[self.order], rows[self.slot], rows["decode"])
             keys, visible = ops.cat((past, row), 1), rows[self.visible]
@@ -73,7 +74,7 @@ class Attention(nn.Cell):
                     chosen = self.top_k(self._masked_scores(x, q_latent, index, rows), self.topk)
                     keys = _gather_rows(cached, chosen)                         # [B, T, K, D]
                     # A query with fewer earlier rows than K is given masked ones too: they stay masked.
-                    visible = self._with_sinks(chosen <= ops.expand_dims(rows["position"], 2))
+                    visible = with_sinks(chosen <= ops.expand_dims(rows["position"], 2), self.sinks)
         attend = self.absorbed if rows["decode"] or keys.ndim == 4 else self.expanded
         out = attend(q, self._sink_rows(), keys, visible, self.kv_b_proj.weight, self.scale)    # [B, T, heads * value]
         out = self.o_conv(out, self._past(out, memory, O_TAPS, rows), rows["conv_open"])
@@ -114,10 +115,6 @@ class Attention(nn.Cell):
         ones = ops.ones_like(chosen, dtype=scores.dtype)
         picked = ops.tensor_scatter_elements(ops.zeros_like(scores), chosen, ones, -1)
         return ops.logical_and(picked > 0, causal)
-
-    def _with_sinks(self, visible):
-        always = ops.ones(visible.shape[:2] + self.param_sink_k_pe.shape[:1], visible.dtype)
-        return ops.expand_dims(ops.cat((always, visible), 2), 2)
 
 
 def _gather_rows(cached, chosen):

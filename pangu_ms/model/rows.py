@@ -40,7 +40,7 @@ class Rows(nn.Cell):
         if capacity is None:
             rows["causal"] = self._within(ops.expand_dims(row, 1) - row, at, None)
             for window, key in zip(self.windows, self.keys):
-                rows["visible" + key] = self._with_sinks(self._within(ops.expand_dims(row, 1) - row, at, window))
+                rows["visible" + key] = with_sinks(self._within(ops.expand_dims(row, 1) - row, at, window), self.sinks)
         else:
             rows["causal"] = self._within(at - ops.arange(capacity, dtype=ms.int32), at, None)
             rows["slot"] = growing_slots(position, capacity)
@@ -49,9 +49,9 @@ class Rows(nn.Cell):
                 size = window + self.slack
                 # The keys are the ring's rows in order, then the new ones.
                 distance = ops.expand_dims(row, 1) + size - ops.arange(length + size, dtype=ms.int32)
-                rows["visible" + key] = self._with_sinks(self._within(distance, at, window))
+                rows["visible" + key] = with_sinks(self._within(distance, at, window), self.sinks)
                 rows["order" + key], rows["slot" + key] = self._ring(position, size, decode)
-        rows["visible_None"] = self._with_sinks(rows["causal"])
+        rows["visible_None"] = with_sinks(rows["causal"], self.sinks)
         return rows
 
     def _within(self, distance, at, window):
@@ -59,12 +59,14 @@ class Rows(nn.Cell):
         inside = ops.logical_and(distance >= 0, distance <= at)
         return inside if window is None else ops.logical_and(inside, distance < window)
 
-    def _with_sinks(self, visible):
-        always = ops.ones(visible.shape[:2] + (self.sinks,), visible.dtype)
-        return ops.expand_dims(ops.cat((always, visible), 2), 2)
-
     def _ring(self, position, size, decode):
         return ring_order(position, size), ring_slots(position, size, decode)
+
+
+def with_sinks(visible, sinks):
+    """bool [B, T, S] -> [B, T, 1, sinks + S]: the sinks, in front of the keys, are seen by every query."""
+    always = ops.ones(visible.shape[:2] + (sinks,), visible.dtype)
+    return ops.expand_dims(ops.cat((always, visible), 2), 2)
 
 
 def positions(ids):
