@@ -48,18 +48,23 @@ class Attention(nn.Cell):
         self.expanded = operator("expanded_attention", config.compute_dtype)
 
     def construct(self, x, rows, memory):
-        """x [B, T, H], normed -> y [B, T, H], and for DSA without a cache the indexer's scores and selection [B, T, T].
+        """x [B, T, H], normed -> y [B, T, H], and for DSA without a cache what the indexer did.
+
+        That is: its scores and selection [B, T, T], then what its loss needs: q_latent [B, T, q_lora_rank],
+        q [B, T, heads, nope + rope] and the latent rows [B, T, latent + rope].
 
         memory: None, or this layer's tensors (latent, q taps, kv taps, o taps[, indexer keys]), updated in place.
         """
         q_latent, q, row = self._project(x, rows, memory)
-        scores, selected = (), ()
+        index = ()
         if memory is None:
             keys, visible = row, rows[self.visible]
             if self.dsa:
                 scores = self._masked_scores(x, q_latent, self.indexer.keys(x, rows), rows)
                 selected = self._selection(scores, rows["causal"])
-                visible = with_sinks(selected, self.sinks)
+                index = scores, selected, q_latent, q, row
+                if rows["sparse"]:
+                    visible = with_sinks(selected, self.sinks)
         elif self.windowed:
             past = self.remember(memory[LATENT], row, rows[self.order], rows[self.slot], rows["decode"])
             keys, visible = ops.cat((past, row), 1), rows[self.visible]
@@ -67,18 +72,18 @@ class Attention(nn.Cell):
             cached = ops.reshape(grow(memory[LATENT], row, rows["slot"]), (x.shape[0], -1, self.latent + self.rope))
             keys, visible = cached, rows[self.visible]
             if self.dsa:
-                index = self.indexer.keys(x, rows)
-                index = ops.reshape(grow(memory[INDEX_KEYS], index, rows["slot"]), (x.shape[0], -1, index.shape[-1]))
-                keys = ops.depend(keys, index)                                  # a write nobody uses is dropped
+                fresh = self.indexer.keys(x, rows)
+                past = ops.reshape(grow(memory[INDEX_KEYS], fresh, rows["slot"]), (x.shape[0], -1, fresh.shape[-1]))
+                keys = ops.depend(keys, past)                                   # a write nobody uses is dropped
                 if rows["sparse"]:
-                    chosen = self.top_k(self._masked_scores(x, q_latent, index, rows), self.topk)
+                    chosen = self.top_k(self._masked_scores(x, q_latent, past, rows), self.topk)
                     keys = _gather_rows(cached, chosen)                         # [B, T, K, D]
                     # A query with fewer earlier rows than K is given masked ones too: they stay masked.
                     visible = with_sinks(chosen <= ops.expand_dims(rows["position"], 2), self.sinks)
         attend = self.absorbed if rows["decode"] or keys.ndim == 4 else self.expanded
-        out = attend(q, self._sink_rows(), keys, visible, self.kv_b_proj.weight, self.scale)    # [B, T, heads * value]
+        out = attend(q, self.sink_rows(), keys, visible, self.kv_b_proj.weight, self.scale)    # [B, T, heads * value]
         out = self.o_conv(out, self._past(out, memory, O_TAPS, rows), rows["conv_open"])
-        return self.o_proj(out), scores, selected
+        return self.o_proj(out), index
 
     def _project(self, x, rows, memory):
         """-> q_latent [B, T, q_lora_rank], q [B, T, heads, nope + rope], the new latent rows [B, T, D]."""
@@ -99,7 +104,7 @@ class Attention(nn.Cell):
             return ops.zeros((new.shape[0], self.qa_conv.width - 1, new.shape[2]), new.dtype)
         return self.remember(memory[site], new, rows["tap_order"], rows["tap_slot"], rows["decode"])
 
-    def _sink_rows(self):
+    def sink_rows(self):
         """[sinks, latent + rope]: normed like every latent row, never convolved, never rotated."""
         return ops.cat((self.kv_a_layernorm(self.param_sink_compressed_kv), self.param_sink_k_pe), -1)
 
@@ -111,7 +116,7 @@ class Attention(nn.Cell):
         """bool [B, T, S]: the index_topk best of each query's earlier rows, all of them while there are no more."""
         if scores.shape[-1] <= self.topk:
             return causal
-        chosen = self.top_k(scores, self.topk)
+        chosen = self.top_k(ops.stop_gradient(scores), self.topk)               # choosing has no gradient
         ones = ops.ones_like(chosen, dtype=scores.dtype)
         picked = ops.tensor_scatter_elements(ops.zeros_like(scores), chosen, ones, -1)
         return ops.logical_and(picked > 0, causal)

@@ -26,23 +26,24 @@ class Block(nn.Cell):
             self.block_post_layernorm = RMSNorm(config.mhc_num_stream * hidden, config)
 
     def construct(self, streams, rows, memory):
-        """streams [B, T, N, H] -> streams, and what the layer did: (attn, index scores, selection, mlp, ids, weights).
+        """streams [B, T, N, H] -> streams, and what the layer did: (attn, index, mlp, routing).
 
+        attn, mlp [B, T, H]; `index` of `Attention`, and () without DSA; `routing` of `MoE`, and () without experts.
         What nobody uses of the second is dropped when the graph is compiled.
         """
         x, post, mix = self.attn_mhc_module(streams)
-        attn, scores, selected = self.self_attn(self.input_layernorm(x), rows, memory)
+        attn, index = self.self_attn(self.input_layernorm(x), rows, memory)
         streams = self.attn_mhc_module.write(self.post_attention_layernorm(attn), post, mix, streams)
 
         x, post, mix = self.mlp_mhc_module(streams)
         x = self.pre_mlp_layernorm(x)
-        ids, weights = (), ()
+        routing = ()
         if self.moe:
-            mlp, ids, weights = self.mlp(x, rows["decode"])
+            mlp, routing = self.mlp(x, rows["decode"])
         else:
             mlp = self.mlp(x)
         streams = self.mlp_mhc_module.write(self.post_mlp_layernorm(mlp), post, mix, streams)
 
         if self.last_norm:                                                      # one norm over all N * H values
             streams = ops.reshape(self.block_post_layernorm(flatten(streams)), streams.shape)
-        return streams, (attn, scores, selected, mlp, ids, weights)
+        return streams, (attn, index, mlp, routing)

@@ -93,7 +93,7 @@ class PanguForCausalLM(nn.Cell):
         return super().__call__(_as_ids(ids))
 
     def construct(self, ids):
-        merged, _ = self.model(ids, self.rows(positions(ids), None, False, False), None)
+        merged, _ = self.model(ids, self.rows(positions(ids), None, False, True), None)
         return self.logits(merged)
 
     def logits(self, merged):
@@ -110,7 +110,7 @@ class PanguForCausalLM(nn.Cell):
     def mtp(self, depth, ahead, hidden, rows, memory):
         """One MTP depth: ahead int32 [B, T], for each row p the token at p + depth; hidden [B, T, H], of depth - 1.
 
-        -> hidden [B, T, H], for `mtp_head` and the next depth.
+        -> hidden [B, T, H], for `mtp_head` and the next depth, and the layer's routing.
         """
         index = self.model.depth + depth - 1
         layer = self.model.layers[index]

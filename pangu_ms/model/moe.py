@@ -42,7 +42,7 @@ class MoE(nn.Cell):
         self.route = operator("route", ms.float32)
 
     def construct(self, x, decode):
-        """x [B, T, H] -> y [B, T, H], and the routing: expert ids int32 [B, T, K], weights float32 [B, T, K]."""
+        """x [B, T, H] -> y [B, T, H], and the routing: expert ids int32 and weights [B, T, K], logits [B, T, E]."""
         logits = self.gate(ops.cast(x, ms.float32))                             # [B, T, E]
         ids, weights = self.route(logits, self.e_score_correction_bias, self.scale, self.normalise)
-        return self.experts(x, ids, weights, decode) + self.shared_experts(x), ids, weights
+        return self.experts(x, ids, weights, decode) + self.shared_experts(x), (ids, weights, logits)

@@ -34,13 +34,13 @@ class MTPLayer(nn.Cell):
         self.shared_head = SharedHead(config)
 
     def construct(self, embedding, hidden, rows, memory):
-        """embedding [B, T, H] of the tokens `depth` ahead, hidden [B, T, H] of the depth before -> hidden, un-normed.
+        """embedding [B, T, H] of the tokens `depth` ahead, hidden [B, T, H] of the depth before -> hidden, routing.
 
-        Row p keeps position p. `shared_head` of the result goes to the trunk's lm_head; the result itself to the next
+        Hidden is un-normed. Row p keeps position p. `shared_head` of the result goes to the trunk's lm_head; the result itself to the next
         depth.
         """
         x = self.eh_proj(ops.cat((self.enorm(embedding), self.hnorm(hidden)), -1))          # embedding first
-        attn, _, _ = self.self_attn(self.input_layernorm(x), rows, memory)
+        attn, _ = self.self_attn(self.input_layernorm(x), rows, memory)
         x = x + self.post_attention_layernorm(attn)
-        mlp, _, _ = self.mlp(self.pre_mlp_layernorm(x), rows["decode"])
-        return x + self.post_mlp_layernorm(mlp)
+        mlp, routing = self.mlp(self.pre_mlp_layernorm(x), rows["decode"])
+        return x + self.post_mlp_layernorm(mlp), routing

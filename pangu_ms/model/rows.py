@@ -17,7 +17,8 @@ class Rows(nn.Cell):
     "position" int32 [B, T]; "cos", "sin" float32 [B, T, 1, D/2]; "conv_open" bool [B, T, 1], the start rule of the
     convolutions; "causal" bool [B, T, S] for layers that see the whole context; f"visible_{window}" (and
     "visible_None") bool [B, T, 1, sinks + S], what attention may see, the sinks always; with a cache also the slots and
-    orders of its tensors, and the constants "decode" and "sparse" of the compiled step.
+    orders of its tensors; and the constants "decode" and "sparse" of the compiled function. Sparse: DSA layers see what
+    their indexer selects, otherwise all there is.
     """
 
     def __init__(self, config, plans, slack=0):

@@ -54,7 +54,7 @@ class Step(nn.Cell):
         hidden = self.causal_lm.mtp_hidden(merged)
         for depth in range(1, self.depths + 1):
             ahead = ids[:, depth:] if depth == self.depths else ids[:, depth:depth - self.depths]
-            hidden = self.causal_lm.mtp(depth, ahead, hidden, rows, memory)
+            hidden, _ = self.causal_lm.mtp(depth, ahead, hidden, rows, memory)
             logits = ops.depend(logits, hidden)                                 # a write nobody uses is dropped
         return logits
 
@@ -105,7 +105,7 @@ class Draft(nn.Cell):
                 tokens, hidden, position = tokens[:, -1:], hidden[:, -1:], position[:, -1:] + 1
                 rows = self.rows(position, 1, True, False)
             head = min(depth, self.depths)
-            hidden = self.causal_lm.mtp(head, tokens, hidden, rows, memory)
+            hidden, _ = self.causal_lm.mtp(head, tokens, hidden, rows, memory)
             logit = self.causal_lm.mtp_head(head, hidden[:, -1:])               # [B, 1, V]
             draft = ops.cast(ops.argmax(logit, -1), ms.int32)                   # [B, 1]
             tokens = ops.cat((tokens[:, 1:], draft), 1)

@@ -25,7 +25,7 @@ class MTPForward(nn.Cell):
         self.depths = causal_lm.config.num_nextn_predict_layers
 
     def construct(self, ids):
-        rows = self.causal_lm.rows(positions(ids), None, False, False)
+        rows = self.causal_lm.rows(positions(ids), None, False, True)
         merged, _ = self.causal_lm.model(ids, rows, None)
         return [logits for _, logits in _mtp_depths(self.causal_lm, self.depths, ids, merged, rows)]
 
@@ -39,7 +39,7 @@ class TraceForward(nn.Cell):
         self.depths = causal_lm.config.num_nextn_predict_layers
 
     def construct(self, ids):
-        rows = self.causal_lm.rows(positions(ids), None, False, False)
+        rows = self.causal_lm.rows(positions(ids), None, False, True)
         merged, layers = self.causal_lm.model(ids, rows, None)
         last = merged, self.causal_lm.model.norm(merged), self.causal_lm.logits(merged)
         return last, layers, _mtp_depths(self.causal_lm, self.depths, ids, merged, rows)
@@ -50,7 +50,7 @@ def _mtp_depths(causal_lm, depths, ids, merged, rows):
     for depth in range(1, min(depths, ids.shape[1] - 1) + 1):                   # a depth needs a token to read
         # The last `depth` rows have no token to read: what they give is cut off, and no other row sees them.
         ahead = ops.cat((ids[:, depth:], ops.zeros_like(ids[:, :depth])), 1)
-        hidden = causal_lm.mtp(depth, ahead, hidden, rows, None)
+        hidden, _ = causal_lm.mtp(depth, ahead, hidden, rows, None)
         found = found + ((hidden[:, :-depth], causal_lm.mtp_head(depth, hidden)[:, :-depth]),)
     return found
 
@@ -60,15 +60,15 @@ def collect_trace(config, outputs):
     (merged, final, logits), layers, depths = outputs
     trunk = config.layers[:config.num_hidden_layers]
     batch, length = merged.shape[:2]
-    streams, attn, scores, selected, mlp, ids, weights = zip(*layers)
+    streams, attn, index, mlp, routing = zip(*layers)
     trace = {"streams": _stack(streams), "attn": _stack(attn), "mlp": _stack(mlp)}
     if dsa := [plan.index for plan in trunk if plan.kind == "dsa"]:
         trace["index_layers"] = np.array(dsa, np.int32)
-        trace["index_scores"] = _stack(scores[i] for i in dsa)
-        trace["index_sel"] = _stack(selected[i] for i in dsa).astype(np.uint8)
+        trace["index_scores"] = _stack(index[i][0] for i in dsa)
+        trace["index_sel"] = _stack(index[i][1] for i in dsa).astype(np.uint8)
     if moe := [plan.index for plan in trunk if plan.moe]:
         shape = (len(moe), batch, length, config.num_experts_per_tok)
-        chosen, weights = _stack(ids[i] for i in moe).reshape(shape), _stack(weights[i] for i in moe).reshape(shape)
+        chosen, weights = (_stack(routing[i][j] for i in moe).reshape(shape) for j in (0, 1))
         order = chosen.argsort(-1)
         trace["router_layers"] = np.array(moe, np.int32)
         trace["router_ids"] = np.take_along_axis(chosen, order, -1)
