@@ -50,7 +50,7 @@ class Attention(nn.Cell):
     def construct(self, x, rows, memory):
         """x [B, T, H], normed -> y [B, T, H], and for DSA without a cache what the indexer did.
 
-        That is: its scores and selection [B, T, T], then what its loss needs: q_latent [B, T, q_lora_rank],
+        That is: its scores and selection [B, T, T], then what its loss needs: x, q_latent [B, T, q_lora_rank],
         q [B, T, heads, nope + rope] and the latent rows [B, T, latent + rope].
 
         memory: None, or this layer's tensors (latent, q taps, kv taps, o taps[, indexer keys]), updated in place.
@@ -62,7 +62,7 @@ class Attention(nn.Cell):
             if self.dsa:
                 scores = self._masked_scores(x, q_latent, self.indexer.keys(x, rows), rows)
                 selected = self._selection(scores, rows["causal"])
-                index = scores, selected, q_latent, q, row
+                index = scores, selected, x, q_latent, q, row
                 if rows["sparse"]:
                     visible = with_sinks(selected, self.sinks)
         elif self.windowed:

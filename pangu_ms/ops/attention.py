@@ -67,16 +67,39 @@ def absorbed(small):
         keys = ops.reshape(keys, (-1,) + keys.shape[-2:])                       # [G, S, D]: G = B or B * T
         groups = keys.shape[0]
         keys = ops.cat((ops.tile(ops.expand_dims(sinks, 0), (groups, 1, 1)), keys), 1)
-        q_latent = _by_head(ops.matmul, q[..., :nope], up[:, :nope])            # [B, T, heads, latent]
-        q = ops.reshape(ops.cat((q_latent, q[..., nope:]), -1), (groups, -1, keys.shape[-1]))
-        score = ops.BatchMatMul(transpose_b=True)(q, keys)                      # [G, T * heads or heads, S0 + S]
-        score = ops.reshape(score, (batch, -1, heads, keys.shape[1]))           # [B, T, heads, S0 + S]
+        score = ops.reshape(_latent_score(q, keys, kv_b), (batch, -1, heads, keys.shape[1]))    # [B, T, heads, S0 + S]
         prob = ops.reshape(masked_softmax(score, visible, scale), (groups, -1, keys.shape[1]))
         out = ops.reshape(ops.matmul(prob, keys)[..., :latent], (batch, -1, heads, latent))
         out = _by_head(ops.BatchMatMul(transpose_b=True), out, up[:, nope:])    # [B, T, heads, value]
         return ops.reshape(out, (batch, -1, heads * out.shape[-1]))
 
     return form
+
+
+def attended(small):
+    masked_softmax = small("masked_softmax")
+
+    def form(q, sinks, keys, visible, kv_b, scale):
+        """Where all heads together look: float32 [B, T, S], each row summing to 1. Keys [B, S, D]; no sinks in it.
+
+        The sinks take part in the softmax, so a head that looks at them has less to say.
+        """
+        batch, _, heads, _ = q.shape
+        keys = ops.cat((ops.tile(ops.expand_dims(sinks, 0), (batch, 1, 1)), keys), 1)
+        score = ops.reshape(_latent_score(q, keys, kv_b), (batch, -1, heads, keys.shape[1]))
+        mass = ops.sum(ops.cast(masked_softmax(score, visible, scale), ms.float32), 2)[..., sinks.shape[0]:]
+        return mass / (ops.sum(mass, -1, keepdim=True) + 1e-20)
+
+    return form
+
+
+def _latent_score(q, keys, kv_b):
+    """q [B, T, heads, nope + rope], keys [G, S0 + S, D] with G = B or B * T -> [G, T * heads or heads, S0 + S]."""
+    heads, latent = q.shape[2], kv_b.shape[1]
+    nope = q.shape[3] - (keys.shape[-1] - latent)
+    up = ops.reshape(kv_b, (heads, -1, latent))[:, :nope]
+    q = ops.cat((_by_head(ops.matmul, q[..., :nope], up), q[..., nope:]), -1)   # [B, T, heads, D]
+    return ops.BatchMatMul(transpose_b=True)(ops.reshape(q, (keys.shape[0], -1, keys.shape[-1])), keys)
 
 
 def _by_head(product, x, weight):

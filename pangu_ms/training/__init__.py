@@ -1,0 +1,1 @@
+"""Training: losses, optimizer, data, and the way into MindFormers."""

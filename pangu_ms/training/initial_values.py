@@ -1,0 +1,54 @@
+"""The values that a new model starts from (section 11)."""
+import math
+
+import mindspore as ms
+import numpy as np
+
+MHC_ALPHA = 0.01
+
+
+def initialize(causal_lm, seed, moe_std=0.00206):
+    """Sets every parameter of the model, from `seed` alone: float32 draws, in the order of the parameters' names.
+
+    Projections are normal(0, initializer_range), experts and routers normal(0, moe_std); those that write to the
+    residual (o_proj, down_proj) are smaller by sqrt(2L) for L trunk layers, so that the sum of all layers' writes does
+    not grow with L. The embedding is a truncated normal of H^-0.5, cut at two standard deviations. Norms are one, the
+    short convolutions and the selection bias zero: both then learn from nothing. A hyper-connection begins as a plain
+    residual: sublayer l reads mostly stream l mod N, writes to all streams alike, and mixes close to not at all.
+    """
+    config, draw = causal_lm.config, np.random.default_rng(seed)
+    for name, parameter in sorted(causal_lm.parameters_dict().items()):
+        values = _values(name, parameter.shape, config, moe_std, draw)
+        parameter.set_data(ms.Tensor(values.astype(np.float32)).astype(parameter.dtype))
+
+
+def _values(name, shape, config, moe_std, draw):
+    kind = name.split(".")[-2] if name.endswith(".weight") else name.split(".")[-1]
+    streams = config.mhc_num_stream
+    if "norm" in kind:                                                          # norm_gamma too
+        return np.ones(shape)
+    if kind == "e_score_correction_bias" or kind.endswith("conv"):
+        return np.zeros(shape)
+    if kind in ("branch_alpha", "branch_alpha_pre"):
+        return np.full(shape, MHC_ALPHA)
+    if kind == "branch_beta_pre":                                               # of the merge: all streams alike
+        return np.zeros(shape)
+    if kind == "branch_beta":
+        layer = int(name.split(".")[2])
+        pre = np.eye(streams)[(layer + 1) % streams]
+        return np.concatenate((pre, np.zeros(streams), np.eye(streams).ravel()))
+    if kind == "embed_tokens":
+        return _truncated(draw, shape) * config.hidden_size ** -0.5
+    routed = ".mlp.experts." in name or kind == "gate"
+    std = moe_std if routed else config.initializer_range
+    if kind in ("o_proj", "down_proj"):
+        std /= math.sqrt(2 * config.num_hidden_layers)
+    return draw.standard_normal(shape) * std
+
+
+def _truncated(draw, shape):
+    """Standard normal values, drawn again where they lie beyond two."""
+    values = draw.standard_normal(shape)
+    while (outside := np.abs(values) > 2).any():
+        values[outside] = draw.standard_normal(outside.sum())
+    return values

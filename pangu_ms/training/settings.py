@@ -1,0 +1,54 @@
+"""What a run trains besides the language model: the `pangu_training` section of a YAML file."""
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from pangu_ms.errors import ConfigError
+
+INDEXER_LOSS = ("off", "dense", "sparse")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Weights of the losses and rates, defaults as in public training code (section 11).
+
+    Attributes:
+        mtp_loss_weight: of the mean over depths of the MTP losses.
+        indexer_loss: "off"; "dense", the warm-up: DSA layers see everything, the indexer learns where they look and
+            all else is frozen; "sparse": they see what the indexer selects, and it learns among that.
+        indexer_loss_coeff: weight of the indexer's loss, the mean over DSA layers. "dense" has no other loss.
+        balance_loss_coeff: weight of the sequence-wise balance loss, the mean over MoE layers. 0: not computed.
+        z_loss_coeff: weight of the router's z loss, the mean over MoE layers. 0: not computed.
+        router_bias_update_rate: what the selection bias of an expert moves by after each optimizer step, towards an
+            even load.
+        moe_init_std: standard deviation of a new model's experts and routers.
+    """
+
+    mtp_loss_weight: float = 1.0
+    indexer_loss: str = "off"
+    indexer_loss_coeff: float = 1.0
+    balance_loss_coeff: float = 0.0
+    z_loss_coeff: float = 0.0
+    router_bias_update_rate: float = 0.0
+    moe_init_std: float = 0.00206
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is float:
+                if type(value) not in (int, float) or not 0 <= value < float("inf"):
+                    raise ConfigError(f"pangu_training.{field.name}: found {value!r}, wanted a number of at least 0")
+                object.__setattr__(self, field.name, float(value))
+        if self.indexer_loss not in INDEXER_LOSS:
+            raise ConfigError(f"pangu_training.indexer_loss: found {self.indexer_loss!r}, wanted one of "
+                              f"{', '.join(INDEXER_LOSS)} (in YAML off is false: put it in quotes)")
+
+    @classmethod
+    def from_dict(cls, fields):
+        """Settings from the YAML section; `ConfigError` names an unknown key and the nearest known one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, 1, 0)[0]
+                raise ConfigError(f"pangu_training.{name}: no such setting; did you mean {near}?")
+        return cls(**fields)
