@@ -114,10 +114,14 @@ CASES = [
 def test_equals_the_plain_form(name, make, monkeypatch):
     arguments = make()
     fast, plain = forms(name, monkeypatch)
-    for found, wanted in zip(results(Form(fast)(*arguments)), results(Form(plain)(*arguments)), strict=True):
+    outputs = results(Form(plain)(*arguments))
+    for found, wanted in zip(results(Form(fast)(*arguments)), outputs, strict=True):
         close(found, wanted)
-    gradient = ms.ops.GradOperation(get_all=True)
-    for found, wanted in zip(gradient(Form(fast))(*arguments), gradient(Form(plain))(*arguments), strict=True):
+    given = tuple(normal(*y.shape) if y.dtype == ms.float32 else y for y in outputs)
+    given = given if len(given) > 1 else given[0]
+    gradient = ms.ops.GradOperation(get_all=True, sens_param=True)
+    for found, wanted in zip(gradient(Form(fast))(*arguments, given), gradient(Form(plain))(*arguments, given),
+                             strict=True):
         close(found, wanted, GRADIENT_TOLERANCE)
 
 

@@ -51,3 +51,11 @@ using Shape = std::vector<int64_t>;
 #define MANY_SHAPES(Name) extern "C" std::vector<Shape> Name##InferShape(int* ndims, int64_t** shapes, void*)
 
 inline Shape shape_of(int i, int* ndims, int64_t** shapes) { return Shape(shapes[i], shapes[i] + ndims[i]); }
+
+// A gradient has the shapes of the arguments that it is for.
+#define SHAPES_OF(Name, ...)                                                          \
+    MANY_SHAPES(Name) {                                                               \
+        std::vector<Shape> found;                                                     \
+        for (int i : {__VA_ARGS__}) found.push_back(shape_of(i, ndims, shapes));      \
+        return found;                                                                 \
+    }

@@ -18,7 +18,8 @@ void in_chunks(int64_t count, int64_t cost, const F& work) {
     parallel(chunks, [&](int64_t c) { work(c * chunk, c + 1 < chunks ? (c + 1) * chunk : count); });
 }
 
-// Memory for the calling thread until it asks again, kept between calls: fresh memory would be cleared page by page.
+// Memory for the calling thread until it asks again, kept between calls: fresh memory would be cleared page by page. It
+// begins on a cache line, so that vectors may lie in it.
 // An operator and the pieces of work it is cut into have their own.
 enum Owner { OPERATOR_OWN, WORK_OWN };
 float* scratch(Owner owner, int64_t floats);
