@@ -16,8 +16,8 @@ import tokenize
 from pathlib import Path
 
 # Tests, programs that are no library, tables of data, and what is written when Python is installed.
-LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip", "msilib",
-            "encodings", "pydoc_data", "__phello__", "entities.py"}
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip",
+            "msilib", "encodings", "pydoc_data", "__phello__", "entities.py"}
 HELD_OUT_FILES, HELD_OUT_QUESTIONS = 2, 5  # percent
 CHATS = 8000
 

@@ -8,7 +8,8 @@ import pytest
 from examples.toy_corpus import CAPITALS, Questions, held_out, library_files, write_corpus
 
 SOURCES = {
-    "json/__init__.py": "def dumps(obj, *, indent=None):\n    pass\n\ndef loads(text):\n    pass\n\ndef _own():\n    pass\n",
+    "json/__init__.py": "def dumps(obj, *, indent=None):\n    pass\n\ndef loads(text):\n    pass\n\n"
+                        "def _own():\n    pass\n",
     "textwrap.py": "def indent(text, prefix):\n    pass\n\nclass Wrapper:\n    def wrap(self):\n        pass\n",
     "shlex.py": "def join(words):\n    pass\n", "os.py": "def join(a, b):\n    pass\n",
     "empty.py": "\n", "latin.py": b"# coding: latin-1\nname = '\xe9'\n",

@@ -23,6 +23,7 @@ class ChatTemplate:
             tokenizer_config.json.
 
     Attributes:
+        tokenizer: of transformers.
         stop_token_ids (tuple[int, ...]): end a reply: the end of a message, the end of a text.
 
     Raises:
@@ -34,8 +35,8 @@ class ChatTemplate:
         if not _has_template(Path(directory)):
             raise PanguError(f"{directory}: holds no chat template (looked for chat_template.jinja, and for "
                              "chat_template in tokenizer_config.json): add it, or generate without chat")
-        self._tokenizer = _load_tokenizer(directory)
-        ends = (self._tokenizer.get_vocab().get(MESSAGE_END), self._tokenizer.eos_token_id)
+        self.tokenizer = load_pretrained_tokenizer(directory)
+        ends = (self.tokenizer.get_vocab().get(MESSAGE_END), self.tokenizer.eos_token_id)
         self.stop_token_ids = tuple(token_id for token_id in ends if token_id is not None)
 
     def render(self, messages, thinking=True, tools=None, enable_thinking=None) -> list[int]:
@@ -52,9 +53,21 @@ class ChatTemplate:
         """
         if enable_thinking is not None:
             thinking = enable_thinking
+        return self.encode(self.text(messages, thinking, tools))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a rendered text, or of a part of one."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def text(self, messages, thinking=True, tools=None, add_generation_prompt=True) -> str:
+        """What `render` encodes; without the generation prompt it ends with the last message.
+
+        Raises:
+            PanguError: as `render`.
+        """
         try:
-            return self._tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True,
-                                                       thinking=thinking)
+            return self.tokenizer.apply_chat_template(messages, tools=tools, thinking=thinking, tokenize=False,
+                                                      add_generation_prompt=add_generation_prompt)
         except Exception as error:  # a template is a program: it can raise anything
             raise PanguError(f"{self._directory}: the chat template cannot render the messages "
                              f"({type(error).__name__}: {error})") from None
@@ -69,7 +82,12 @@ def _has_template(directory):
         return False
 
 
-def _load_tokenizer(directory):
+def load_pretrained_tokenizer(directory):
+    """The tokenizer of a directory, as transformers gives it.
+
+    Raises:
+        PanguError: it cannot be read.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch: none is needed
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging

@@ -102,7 +102,7 @@ def train_tokenizer(texts, vocab_size: int, directory):
                           for name, special in SPECIAL_TOKENS.items()])
     found = tokenizer.get_vocab_size()
     if found != vocab_size:
-        raise PanguError(f"vocab_size is {vocab_size}: the texts give {found} ids: bring more text or ask for fewer ids")
+        raise PanguError(f"vocab_size is {vocab_size}: the texts give {found} ids: bring more text or ask for fewer")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
