@@ -1,6 +1,8 @@
 """Texts to documents."""
 import logging
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -76,3 +78,10 @@ def test_a_tokenizer_without_an_end(jsonl, tokenizer_directory, tmp_path):
     shutil.copy(tokenizer_directory / "tokenizer.json", tmp_path)
     with pytest.raises(PanguError, match=r": tokenizer_config.json names no bos_token: add it$"):
         read_texts(jsonl([{"text": "a"}]), tmp_path)
+
+
+def test_reading_and_packing_load_no_framework():
+    code = ("import sys, pangu_ms.training.chat_data, pangu_ms.training.packing, pangu_ms.training.tokenizer; "
+            "print(sorted({'mindspore', 'mindformers', 'torch'} & set(sys.modules)))")
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
