@@ -19,6 +19,8 @@ GRADIENTS = {  # operator with a compiled gradient: the arguments that have one
     "HyperConnectionRead": ("streams", "gamma", "phi", "alpha", "beta"),
     "HyperConnectionWrite": ("y", "post", "mix", "streams"),
     "HyperConnectionMerge": ("streams", "gamma", "phi", "alpha", "beta"),
+    "Experts": ("x", "weights", "gate", "up", "down"),
+    "FeedForward": ("x", "gate", "up", "down"),
 }
 
 

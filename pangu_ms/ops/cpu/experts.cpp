@@ -1,18 +1,13 @@
 // The routed experts' product: y[n] = sum_k weight[n, k] * down(silu(gate x[n]) * up x[n]) with the matrices of expert
 // id[n, k], read where they lie; and the same of one expert that all tokens go through.
 #include <algorithm>
-#include <vector>
 
 #include "call.h"
+#include "experts.h"
 #include "product.h"
 #include "threads.h"
 
 constexpr int64_t TOGETHER = 4 * LANES;                 // tokens of an expert that one thread takes at a time
-
-struct Matrices {
-    const float *gate, *up, *down;                      // of one expert: [F, H], [F, H], [H, F]
-    int64_t hidden, width;
-};
 
 // One or two tokens: x rows by token(i), y rows by out(i).
 template <class In, class Out>
@@ -64,27 +59,14 @@ OPERATOR(Experts) {
                   hidden = call.dim(3, 2), pairs = rows * k, matrix = width * hidden;
     const float *x = call.floats(0), *weights = call.floats(2), *gate = call.floats(3), *up = call.floats(4),
                 *down = call.floats(5);
-    const int32_t* ids = call.ints(1);
     float* y = call.floats(6);
-
-    // The pairs of (token, choice), expert by expert, and the pieces of that list that one thread takes.
-    std::vector<int64_t> start(experts + 1), order(pairs);
-    for (int64_t p = 0; p < pairs; p++) start[ids[p] + 1]++;
-    for (int64_t e = 0; e < experts; e++) start[e + 1] += start[e];
-    std::vector<int64_t> next(start.begin(), start.end() - 1);
-    for (int64_t p = 0; p < pairs; p++) order[next[ids[p]]++] = p;
-    struct Piece { int64_t expert, first, last; };
-    std::vector<Piece> pieces;
-    for (int64_t e = 0; e < experts; e++)
-        for (int64_t p = start[e]; p < start[e + 1]; p += TOGETHER)
-            pieces.push_back({e, p, std::min(p + TOGETHER, start[e + 1])});
-
+    const Plan plan = by_expert(call.ints(1), pairs, experts, TOGETHER);
     float* results = scratch(OPERATOR_OWN, pairs * hidden);                     // [R * K, H]
-    parallel(pieces.size(), [&](int64_t i) {
-        const auto [e, first, last] = pieces[i];
+    parallel(plan.pieces.size(), [&](int64_t i) {
+        const auto [e, first, last] = plan.pieces[i];
         swiglu_product({gate + e * matrix, up + e * matrix, down + e * matrix, hidden, width}, last - first,
-                       [&](int64_t t) { return x + order[first + t] / k * hidden; },
-                       [&](int64_t t) { return results + order[first + t] * hidden; });
+                       [&](int64_t t) { return x + plan.order[first + t] / k * hidden; },
+                       [&](int64_t t) { return results + plan.order[first + t] * hidden; });
     });
     in_chunks(rows, hidden * k, [=](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; row++) {
