@@ -20,6 +20,8 @@ GRADIENTS = {  # operator with a compiled gradient: the arguments that have one
     "HyperConnectionWrite": ("y", "post", "mix", "streams"),
     "HyperConnectionMerge": ("streams", "gamma", "phi", "alpha", "beta"),
     "Experts": ("x", "weights", "gate", "up", "down"),
+    "ExpandedAttention": ("q", "sinks", "keys", "kv_b"),
+    "MaskedSoftmax": ("score",),
     "FeedForward": ("x", "gate", "up", "down"),
 }
 

@@ -2,26 +2,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention.h"
 #include "call.h"
 #include "product.h"
 #include "threads.h"
-
-constexpr int64_t QUERIES = 64;                         // of one head that one thread takes at a time
-
-// softmax(x * scale) of the entries that `seen` marks; the others become 0.
-static void softmax(const float* x, const bool* seen, float scale, int64_t width, float* y) {
-    float top = -INFINITY, total = 0;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < width; i++) {
-        y[i] = seen[i] ? x[i] * scale : -INFINITY;
-        top = y[i] > top ? y[i] : top;
-    }
-#pragma omp simd reduction(+ : total)
-    for (int64_t i = 0; i < width; i++) total += y[i] = exponential(y[i] - top);
-    const float share = 1.0f / total;
-#pragma omp simd
-    for (int64_t i = 0; i < width; i++) y[i] *= share;
-}
 
 // x [A, B, C, S], visible bool, each of its first three dimensions as in x or 1, scale -> y [A, B, C, S]
 OPERATOR(MaskedSoftmax) {
@@ -29,17 +13,10 @@ OPERATOR(MaskedSoftmax) {
     const float *x = call.floats(0), scale = call.real(2);
     const bool* visible = call.bools(1);
     float* y = call.floats(3);
-    const int64_t dims[3] = {call.dim(0, 0), call.dim(0, 1), call.dim(0, 2)};
-    int64_t stride[3], step = width;
-    for (int axis = 2; axis >= 0; axis--) {
-        stride[axis] = call.dim(1, axis) == 1 ? 0 : step;
-        step *= call.dim(1, axis);
-    }
+    const MaskRows mask(call, 1);
     in_chunks(rows, width * 8, [=](int64_t first, int64_t last) {
         for (int64_t row = first; row < last; row++) {
-            const int64_t c = row % dims[2], b = row / dims[2] % dims[1], a = row / dims[2] / dims[1];
-            softmax(x + row * width, visible + a * stride[0] + b * stride[1] + c * stride[2], scale, width,
-                    y + row * width);
+            softmax(x + row * width, visible + mask.at(row), scale, width, y + row * width);
         }
     });
 }
@@ -165,14 +142,7 @@ OPERATOR(ExpandedAttention) {
             parallel(blocks, [=](int64_t block) {
                 const int64_t first = block * QUERIES, count = std::min(QUERIES, length - first);
                 const bool* seen = visible + ((shared ? 0 : b * length) + first) * total;
-                // What lies between the sinks and the first row that a query of the block sees is left out.
-                int64_t low = total, high = sinks;
-                for (int64_t t = 0; t < count; t++) {
-                    const bool *line = seen + t * total, *found = std::find(line + sinks, line + low, true);
-                    low = found - line;
-                    for (int64_t s = total; s > high; s--)
-                        if (line[s - 1]) high = s;
-                }
+                const auto [low, high] = seen_rows(seen, count, sinks, total);
                 const int64_t always = panels_of(sinks), begin = std::max(always, low / LANES),
                               end = std::max(begin, panels_of(high)), span = (always + end - begin) * LANES;
                 float* score = scratch(WORK_OWN, count * span);

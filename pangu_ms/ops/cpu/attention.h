@@ -1,0 +1,56 @@
+// What the attention operators and their gradients share: the masked softmax of a row, and where masks lie.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <utility>
+
+#include "call.h"
+#include "lanes.h"
+
+constexpr int64_t QUERIES = 64;                         // of one head that one thread takes at a time
+
+// softmax(x * scale) of the entries that `seen` marks; the others become 0.
+inline void softmax(const float* x, const bool* seen, float scale, int64_t width, float* y) {
+    float top = -INFINITY, total = 0;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < width; i++) {
+        y[i] = seen[i] ? x[i] * scale : -INFINITY;
+        top = y[i] > top ? y[i] : top;
+    }
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < width; i++) total += y[i] = exponential(y[i] - top);
+    const float share = 1.0f / total;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) y[i] *= share;
+}
+
+// A mask [A, B, C, S] for argument 0 [A, B, C, S], each of its first three dimensions as there or 1.
+struct MaskRows {
+    int64_t dims[3], stride[3];
+
+    MaskRows(const Call& call, int argument) {
+        int64_t step = call.dim(0, 3);
+        for (int axis = 2; axis >= 0; axis--) {
+            dims[axis] = call.dim(0, axis);
+            stride[axis] = call.dim(argument, axis) == 1 ? 0 : step;
+            step *= call.dim(argument, axis);
+        }
+    }
+
+    int64_t at(int64_t row) const {  // where the mask of a row begins
+        return row / dims[2] / dims[1] * stride[0] + row / dims[2] % dims[1] * stride[1] + row % dims[2] * stride[2];
+    }
+};
+
+// The first row behind the sinks that one of `count` queries sees, and the end of the last; mask [count, total].
+inline std::pair<int64_t, int64_t> seen_rows(const bool* mask, int64_t count, int64_t sinks, int64_t total) {
+    int64_t low = total, high = sinks;
+    for (int64_t t = 0; t < count; t++) {
+        const bool* line = mask + t * total;
+        low = std::find(line + sinks, line + low, true) - line;
+        for (int64_t s = total; s > high; s--)
+            if (line[s - 1]) high = s;
+    }
+    return {std::min(low, high), high};
+}
