@@ -15,13 +15,19 @@ from mindspore.ops import CustomRegOp, DataType
 from mindspore.ops.composite.multitype_ops.zeros_like_impl import zeros_like
 
 OUTPUTS = {"HyperConnectionRead": (ms.float32,) * 3, "Route": (ms.int32, ms.float32)}  # where it is not one float32
-GRADIENTS = {  # operator with a compiled gradient: the arguments that have one
+GRADIENTS = {  # operator with a compiled gradient: the arguments that have one. The others are constants of a model
+    "RmsNorm": ("x", "weight"),
+    "Swiglu": ("gate", "up"),
+    "Rotate": ("x",),
+    "ShortConv": ("x", "past", "weight"),
     "HyperConnectionRead": ("streams", "gamma", "phi", "alpha", "beta"),
     "HyperConnectionWrite": ("y", "post", "mix", "streams"),
     "HyperConnectionMerge": ("streams", "gamma", "phi", "alpha", "beta"),
-    "Experts": ("x", "weights", "gate", "up", "down"),
-    "ExpandedAttention": ("q", "sinks", "keys", "kv_b"),
+    "LatentRows": ("latent", "kv", "weight"),
     "MaskedSoftmax": ("score",),
+    "ExpandedAttention": ("q", "sinks", "keys", "kv_b"),
+    "Route": ("logits",),
+    "Experts": ("x", "weights", "gate", "up", "down"),
     "FeedForward": ("x", "gate", "up", "down"),
 }
 

@@ -16,3 +16,18 @@ inline void rms_norm(const float* x, const float* weight, float eps, int64_t wid
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) y[i] = x[i] * scale * weight[i];
 }
+
+// From dy: dx, and what this row adds to dweight.
+inline void rms_norm_gradient(const float* x, const float* weight, float eps, int64_t width, const float* dy, float* dx,
+                              float* dweight) {
+    const float scale = rms_scale(x, eps, width);
+    float along = 0;
+#pragma omp simd reduction(+ : along)
+    for (int64_t i = 0; i < width; i++) along += dy[i] * weight[i] * x[i];
+    const float pull = along / width * scale * scale;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) {
+        dx[i] = scale * (dy[i] * weight[i] - pull * x[i]);
+        dweight[i] += dy[i] * x[i] * scale;
+    }
+}

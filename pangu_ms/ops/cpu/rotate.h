@@ -9,3 +9,12 @@ inline void turn(const float* x, const float* cosines, const float* sines, int64
         y[half + i] = x[half + i] * cosines[i] + x[i] * sines[i];
     }
 }
+
+// The opposite turn, which is also the gradient of `turn`.
+inline void turn_back(const float* y, const float* cosines, const float* sines, int64_t half, float* x) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        x[i] = y[i] * cosines[i] + y[half + i] * sines[i];
+        x[half + i] = y[half + i] * cosines[i] - y[i] * sines[i];
+    }
+}

@@ -1,10 +1,6 @@
 // Sigmoid scores of the experts, the k best by score + bias, and their weights.
-#include <algorithm>
-#include <numeric>
-#include <vector>
-
 #include "call.h"
-#include "lanes.h"
+#include "router.h"
 #include "threads.h"
 
 // logits [..., E], bias [E], scale [k], normalise -> ids int32 [..., k], weights [..., k]
@@ -15,22 +11,13 @@ OPERATOR(Route) {
     int32_t* ids = static_cast<int32_t*>(call.data[4]);
     float* weights = call.floats(5);
     in_chunks(call.size(0) / experts, experts * 8, [=](int64_t begin, int64_t end) {
-        std::vector<float> score(experts), key(experts);
-        std::vector<int32_t> order(experts);
+        Choice choice(experts);
         for (int64_t row = begin; row < end; row++) {
-            const float* logit = logits + row * experts;
-            for (int64_t e = 0; e < experts; e++) {
-                score[e] = sigmoid(logit[e]);
-                key[e] = score[e] + bias[e];            // the bias selects, it does not weigh
-            }
-            std::iota(order.begin(), order.end(), 0);
-            std::partial_sort(order.begin(), order.begin() + k, order.end(),
-                              [&](int32_t a, int32_t b) { return key[a] > key[b] || (key[a] == key[b] && a < b); });
-            float total = 1e-20f;
-            for (int64_t i = 0; i < k; i++) total += score[order[i]];
+            const float sum = choice.choose(logits + row * experts, bias, k), total = normalise ? sum : 1.0f;
             for (int64_t i = 0; i < k; i++) {
-                ids[row * k + i] = order[i];
-                weights[row * k + i] = score[order[i]] / (normalise ? total : 1.0f) * scale[i];
+                const int32_t id = choice.order[i];
+                ids[row * k + i] = id;
+                weights[row * k + i] = choice.score[id] / total * scale[i];
             }
         }
     });
