@@ -80,8 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--verify", action="store_true", help="read everything back and compare it")
         command.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
         command.add_argument("--allow-overflow", action="store_true", help="let values too large for float16 be inf")
-        command.set_defaults(dequantize=False, tensor_parallel=1, expert_parallel=1, rank=None)
-        if name == "hf2ms":
+        command.set_defaults(mtp_copies="keep", dequantize=False, tensor_parallel=1, expert_parallel=1, rank=None)
+        if name == "ms2hf":
+            command.add_argument("--mtp-copies", default="keep", choices=["keep", "drop"],
+                                 help="embedding and head, which the release repeats in each MTP layer")
+        else:
             command.add_argument("--dequantize", action="store_true", help="turn the Int8 release into floats")
             command.add_argument("--tensor-parallel", type=_positive, metavar="T", help="cut heads for T ranks")
             command.add_argument("--expert-parallel", type=_positive, metavar="E", help="deal experts to E ranks")
@@ -95,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     grid = Grid(arguments.tensor_parallel, arguments.expert_parallel)
     options = Options(to="stacked" if arguments.command == "hf2ms" else "released", dtype=arguments.dtype,
                       shard_size=arguments.shard_size, mtp=arguments.mtp == "keep", layers=arguments.layers,
-                      dequantize=arguments.dequantize, grid=grid)
+                      mtp_copies=arguments.mtp_copies == "keep", dequantize=arguments.dequantize, grid=grid)
     with open_source(arguments.input) as source:
         plans = plan_conversion(source, options)
         if arguments.rank is not None:

@@ -57,13 +57,13 @@ class Grid:
         return {"tensor": (rank % self.tensor, self.tensor), "expert": (rank // self.tensor, self.expert)}
 
 
-def released(config: PanguConfig) -> list[Stored]:
-    """The Hugging Face layout, the MTP copies of embedding and head at the end."""
+def released(config: PanguConfig, copies: bool = True) -> list[Stored]:
+    """The Hugging Face layout, at the end the MTP copies of embedding and head if they are wanted."""
     found, known = [], parameters(config)
     for p in known.values():
         found += [Stored(source, p.member_shape, p, (Part(member, 0, p.rows, 0, p.columns, 0),))
                   for member, source in enumerate(p.sources)]
-    for copy, original in mtp_copies(config).items():
+    for copy, original in mtp_copies(config).items() if copies else ():
         p = known[original]
         found.append(Stored(copy, p.shape, p, (Part(0, 0, p.rows, 0, p.columns, 0),)))
     return found

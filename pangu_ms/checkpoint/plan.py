@@ -25,6 +25,7 @@ class Options:
     dtype: str = "keep"
     shard_size: int = SHARD_SIZE
     mtp: bool = True
+    mtp_copies: bool = True
     layers: tuple[int, int] | None = None
     dequantize: bool = False
     grid: Grid = Grid()
@@ -110,7 +111,7 @@ def plan_conversion(source: Source, options: Options) -> list[Plan]:
     config = _describe(config, options)
     digest = _digest(source, config, options)
     if options.to == "released":
-        layouts = [released(config)]
+        layouts = [released(config, options.mtp_copies)]
     else:
         check_grid(config, options.grid)
         layouts = [stacked(config, options.grid, rank) for rank in range(options.grid.ranks)]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pangu_ms.checkpoint.dtypes import CARRIERS
 from pangu_ms.checkpoint.layout import Stored, released, stacked
 from pangu_ms.checkpoint.manifest import rank_directories, read_grid, read_manifest
-from pangu_ms.checkpoint.names import INT8, layer_prefix
+from pangu_ms.checkpoint.names import INT8, layer_prefix, mtp_copies
 from pangu_ms.checkpoint.shards import Entry, Shards
 from pangu_ms.checkpoint.transfer import BLOCK, Held, Move, fill, same_bytes, steps
 from pangu_ms.config import PanguConfig
@@ -102,7 +102,10 @@ class Source:
             return entry
 
         floats = ("F32", "F16", "BF16")
+        copies = mtp_copies(self.config)
         for stored in wanted:
+            if stored.name in copies and stored.name not in entries:            # a smaller checkpoint leaves them out
+                continue
             p = stored.parameter
             quantised = int8 and p.note == INT8
             entry = take(stored.name, stored.shape, ("I8",) if quantised else floats)

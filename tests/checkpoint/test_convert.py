@@ -197,6 +197,18 @@ def test_layers_are_cut_and_renumbered(data, tmp_path):
     assert back["model.layers.4.embed_tokens.weight"] == source["model.embed_tokens.weight"]
 
 
+def test_copies_may_be_left_out(data, tmp_path):
+    convert("hf2ms", data / "tiny", tmp_path / "ms")
+    small = convert("ms2hf", tmp_path / "ms", tmp_path / "hf", "--mtp-copies", "drop")
+    whole = generate.read(data / "tiny")
+    left_out = whole.keys() - small.keys()
+    assert left_out == {f"model.layers.{layer}.{copy}.weight" for layer in (4, 5, 6)
+                        for copy in ("embed_tokens", "shared_head.head")}
+    assert all(small[name] == whole[name] for name in small)
+    convert("hf2ms", tmp_path / "hf", tmp_path / "again")                       # they are not needed to read it
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "ms/model.safetensors").read_bytes()
+
+
 def test_layers_beyond_the_trunk_are_refused(data, tmp_path, capsys):
     assert "wanted a range within 0-3" in refused(capsys, "hf2ms", data / "tiny", tmp_path / "ms", "--layers", "2-4")
 
