@@ -16,6 +16,7 @@ from mindspore.ops.composite.multitype_ops.zeros_like_impl import zeros_like
 
 OUTPUTS = {"HyperConnectionRead": (ms.float32,) * 3, "Route": (ms.int32, ms.float32)}  # where it is not one float32
 GRADIENTS = {  # operator with a compiled gradient: the arguments that have one. The others are constants of a model
+    "Linear": ("x", "weight"),
     "RmsNorm": ("x", "weight"),
     "Swiglu": ("gate", "up"),
     "Rotate": ("x",),
@@ -52,7 +53,7 @@ def form(function, plain):
     if function in GRADIENTS:
         gradient = _compiled_gradient(function, arguments, len(outputs))
     else:
-        gradient = ops.GradOperation(get_all=True, sens_param=True)(plain)
+        gradient = ops.GradOperation(get_all=True, sens_param=True)(plain)     # leaves out what it knows as constant
     return _operator(function, arguments, outputs, _bprop(gradient, len(arguments)))
 
 
