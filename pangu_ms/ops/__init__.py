@@ -7,7 +7,7 @@ import mindspore as ms
 from mindspore import context
 
 from pangu_ms import cache
-from pangu_ms.ops import ascend, attention, compiled, experts, hyper_connection, portable, router
+from pangu_ms.ops import ascend, attention, compiled, cross_entropy, experts, hyper_connection, portable, router
 
 _SMALL = {
     # operator: (portable form, Ascend form, compiled form)
@@ -36,6 +36,7 @@ _COMPOSED = {
     "few_tokens": (experts.few_tokens, "Experts"),
     "many_tokens": (experts.many_tokens, "Experts"),
     "feed_forward": (experts.feed_forward, "FeedForward"),
+    "cross_entropy": (cross_entropy.cross_entropy, "CrossEntropy"),
 }
 
 

@@ -29,6 +29,7 @@ GRADIENTS = {  # operator with a compiled gradient: the arguments that have one.
     "ExpandedAttention": ("q", "sinks", "keys", "kv_b"),
     "Route": ("logits",),
     "Experts": ("x", "weights", "gate", "up", "down"),
+    "CrossEntropy": ("hidden", "weight"),
     "FeedForward": ("x", "gate", "up", "down"),
 }
 

@@ -15,7 +15,7 @@ if not compiled.available():
 
 TOLERANCE = 1e-6  # of the largest value
 GRADIENT_TOLERANCE = 1e-5  # the same formula, but what adds up to nearly zero is summed in another order
-CONSTANTS = {"cos", "sin", "scale"}  # of a model: nobody asks for their gradients, and the compiled forms have none
+CONSTANTS = {"cos", "sin", "scale", "mask"}  # of a model: nobody asks for their gradients, and the compiled forms have none
 ANY = np.random.default_rng(0)
 
 
@@ -72,6 +72,12 @@ def read(batch, length, n, hidden):
     return *streams(batch, length, n, hidden, gates), normal(3), normal(gates), 1e-6, 20
 
 
+def head(rows, hidden, words, counted=0.7):
+    labels, mask = ANY.integers(0, words, rows), ANY.uniform(0.5, 2, size=rows) * (ANY.uniform(size=rows) < counted)
+    return (normal(*rows, hidden), normal(words, hidden), ms.Tensor(labels.astype(np.int32)),
+            ms.Tensor(mask.astype(np.float32)))
+
+
 def conv(batch, length, channels, past, width, shared=False):
     open_ = ms.Tensor(ANY.uniform(size=(1 if shared else batch, length, 1)) < 0.7)
     return normal(batch, length, channels), normal(batch, past, channels), normal(channels, 1, width), open_
@@ -102,6 +108,8 @@ CASES = [
         ("many_tokens", ((1, 1), 33, 7, 6, 3))]],
     *[("feed_forward", lambda m=m: (normal(*m, 33), normal(17, 33), normal(17, 33), normal(33, 17)))
       for m in [(1, 1), (2, 1), (2, 70)]],
+    *[("cross_entropy", lambda a=a: head(*a))
+      for a in [((1, 1), 33, 7, 1), ((2, 75), 16, 100), ((3, 40), 8, 70000), ((2, 3), 16, 9, 0)]],
     *[("masked_softmax", lambda s=s, v=v: (normal(*s) * 30, mask(*v), 0.7))
       for s, v in [((2, 3, 5, 19), (2, 1, 5, 19)), ((1, 1, 4, 300), (1, 1, 1, 300)), ((2, 1, 3, 8), (1, 1, 1, 8))]],
     *[("absorbed_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
