@@ -18,7 +18,6 @@ _SMALL = {
     "sigmoid": (portable.sigmoid, ascend.sigmoid, None),
     "rotate": (portable.rotate, portable.rotate, "Rotate"),
     "short_conv": (portable.short_conv, portable.short_conv, "ShortConv"),
-    "cross_entropy": (portable.cross_entropy, portable.cross_entropy, None),
     "top_k": (portable.top_k, portable.top_k, None),
     "remember": (cache.remember, cache.remember, "Remember"),
     "hyper_connection_write": (hyper_connection.write, hyper_connection.write, "HyperConnectionWrite"),

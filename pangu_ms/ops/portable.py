@@ -74,10 +74,3 @@ def short_conv(x, past, weight, open_):
 def top_k(scores, k):
     """Positions int32 [..., k] of the k largest of scores [..., S], in any order; exact, ties broken either way."""
     return ops.topk(scores, k)[1]
-
-
-def cross_entropy(x, weight, labels):
-    """-log softmax(x weight^T)[labels]: x [..., H], weight [V, H], labels int32 [...] -> float32 [...]."""
-    logits = ops.cast(linear(x, weight), ms.float32)
-    picked = ops.squeeze(ops.gather_elements(logits, -1, ops.expand_dims(labels, -1)), -1)
-    return ops.logsumexp(logits, -1) - picked

@@ -3,7 +3,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from pangu_ms.ops import operator
-from pangu_ms.training.losses import (IndexerLoss, ahead, balance_loss, expert_load, masked_mean, mtp_mask, z_loss)
+from pangu_ms.training.losses import IndexerLoss, ahead, balance_loss, expert_load, mtp_mask, z_loss
 
 
 class TrainingForward(nn.Cell):
@@ -57,15 +57,14 @@ class TrainingForward(nn.Cell):
             routings = routings + (layers[i][-1],)
         parts = ()
         if not self.warm_up:
-            normed = self.causal_lm.model.norm(merged)
-            parts = parts + (masked_mean(self._cross_entropy(normed, labels), loss_mask),)
+            parts = parts + (self._cross_entropy(self.causal_lm.model.norm(merged), labels, loss_mask),)
         hidden = self.causal_lm.mtp_hidden(merged)
         for depth in range(1, self.depths + 1):
             hidden, routing = self.causal_lm.mtp(depth, ahead(input_ids, depth), hidden, rows, None)
             routings = routings + (routing,)
             normed = self.causal_lm.model.layers[self.trunk + depth - 1].shared_head(hidden)
-            loss = self._cross_entropy(normed, ahead(labels, depth))
-            parts = parts + (masked_mean(loss, mtp_mask(loss_mask, position_ids, depth)),)
+            mask = mtp_mask(loss_mask, position_ids, depth)
+            parts = parts + (self._cross_entropy(normed, ahead(labels, depth), mask),)
         if self.indexed:
             total = 0.0
             for i, layer in enumerate(self.dsa_layers):
@@ -83,5 +82,7 @@ class TrainingForward(nn.Cell):
         parts = ops.stack(parts)
         return ops.sum(parts * self.weights), ops.stop_gradient(parts), ops.stop_gradient(ops.stack(loads))
 
-    def _cross_entropy(self, normed, labels):
-        return self.cross_entropy(normed, self.causal_lm.lm_head.weight, labels)
+    def _cross_entropy(self, normed, labels, mask):
+        """The mean over the rows where mask is one; 0 where it never is."""
+        loss = self.cross_entropy(normed, self.causal_lm.lm_head.weight, labels, mask)
+        return ops.sum(loss) / ops.maximum(ops.sum(mask), 1.0)

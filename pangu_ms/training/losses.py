@@ -9,11 +9,6 @@ QUERIES = 128  # of the indexer's loss at once
 UNSEEN = -1e30  # finite, unlike the attention's mask: here it is multiplied by a probability of zero
 
 
-def masked_mean(values, mask):
-    """values, mask float32 [B, T] -> their mean where the mask is one; 0 where it never is."""
-    return ops.sum(values * mask) / ops.maximum(ops.sum(mask), 1.0)
-
-
 def ahead(values, depth):
     """[B, T] -> row p holds the value of row p + depth; the last `depth` rows hold zero."""
     return ops.cat((values[:, depth:], ops.zeros_like(values[:, :depth])), 1)
