@@ -1,0 +1,169 @@
+"""Checkpoints of a training run: one directory each, there completely or not at all.
+
+    OUTPUT_DIR/checkpoints/step_000100/
+        config.json, model.safetensors, tokenizer files    a checkpoint like any other of ours: pangu-generate reads it,
+                                                           pangu-convert ms2hf turns it into the released layout
+        training/optimizer.safetensors, state.json         what it takes besides to go on as if nothing had happened
+
+A directory is written under another name, put on the disk, and renamed; what an interrupted write or removal leaves
+ends in .partial and is never taken for a checkpoint. Needs no MindSpore.
+"""
+import json
+import os
+import re
+import shutil
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from pangu_ms.checkpoint.shards import SINGLE_FILE
+from pangu_ms.config import PanguConfig
+from pangu_ms.errors import CheckpointError, ConfigError
+
+CHECKPOINTS = "checkpoints"
+OPTIMIZER_FILE = os.path.join("training", "optimizer.safetensors")
+STATE_FILE = os.path.join("training", "state.json")
+PARTIAL = ".partial"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "chat_template.jinja", "generation_config.json")
+CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        sequences: sequences consumed by them, the cursor into the data's order.
+        seed: of data order and initial values.
+        fields: the run's configuration, values by dotted key; see `check_fields`.
+    """
+
+    step: int
+    sequences: int
+    seed: int
+    fields: dict[str, Any]
+
+
+def save_checkpoint(output_dir: str, config: PanguConfig, weights: dict[str, np.ndarray],
+                    optimizer: dict[str, np.ndarray], state: RunState, keep: int, tokenizer: str | None = None) -> str:
+    """Write `state.step`'s checkpoint, then remove all but the newest `keep`.
+
+    Args:
+        weights, optimizer: arrays by parameter name, in the dtype they are trained in.
+        tokenizer: a directory whose tokenizer files come along.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        CheckpointError: the disk is full or does not take it; earlier checkpoints stay as they are.
+    """
+    parent = os.path.join(output_dir, CHECKPOINTS)
+    target = os.path.join(parent, f"step_{state.step:06}")
+    partial = target + PARTIAL
+    try:
+        os.makedirs(parent, exist_ok=True)
+        for name in os.listdir(parent):
+            if name.endswith(PARTIAL):
+                shutil.rmtree(os.path.join(parent, name))
+        os.makedirs(os.path.join(partial, "training"))
+        config.save_pretrained(partial)
+        for name in TOKENIZER_FILES:
+            if tokenizer and os.path.isfile(os.path.join(tokenizer, name)):
+                shutil.copyfile(os.path.join(tokenizer, name), os.path.join(partial, name))
+        _write_arrays(os.path.join(partial, SINGLE_FILE), weights)
+        _write_arrays(os.path.join(partial, OPTIMIZER_FILE), optimizer)
+        with open(os.path.join(partial, STATE_FILE), "w", encoding="utf-8") as file:
+            json.dump(asdict(state), file, indent=1)
+        for directory, _, names in os.walk(partial, topdown=False):
+            for name in (*names, ""):
+                _sync(os.path.join(directory, name))
+        os.rename(partial, target)
+        _sync(parent)
+        for old in checkpoints(output_dir)[:-keep]:
+            os.rename(old, old + PARTIAL)  # half removed, it must not look like a checkpoint
+            shutil.rmtree(old + PARTIAL)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error.strerror}; make room or choose another output_dir, "
+                              "then --resume goes on from the checkpoint before") from None
+    return target
+
+
+def checkpoints(output_dir: str) -> list[str]:
+    """The complete checkpoints of a run, oldest first."""
+    parent = os.path.join(output_dir, CHECKPOINTS)
+    names = os.listdir(parent) if os.path.isdir(parent) else []
+    steps = sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step_(\d{6,})", name)))
+    return [os.path.join(parent, f"step_{step:06}") for step in steps]
+
+
+def read_state(directory: str) -> RunState:
+    """The state beside a checkpoint's weights; `CheckpointError` when it is not one that a run has written."""
+    path = os.path.join(directory, STATE_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return RunState(**json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); remove {directory} to resume from the one before") \
+            from None
+
+
+def read_checkpoint(directory: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(weights, optimizer) as they were given to `save_checkpoint`."""
+    found = []
+    for name in (SINGLE_FILE, OPTIMIZER_FILE):
+        path = os.path.join(directory, name)
+        try:
+            found.append(load_file(path))
+        except Exception as error:  # the library has errors of its own, which come from Rust
+            raise CheckpointError(f"{path}: cannot be read ({error}); remove {directory} to resume from the one "
+                                  "before") from None
+    return found[0], found[1]
+
+
+def check_fields(directory: str, state: RunState, fields: dict[str, Any]) -> None:
+    """`ConfigError` names the first key in which a run's configuration differs from the one it would continue."""
+    missing = object()
+    for key in sorted(state.fields.keys() | fields.keys()):
+        before, now = state.fields.get(key, missing), fields.get(key, missing)
+        if before != now:
+            shown = ["nothing" if value is missing else repr(value) for value in (before, now)]
+            raise ConfigError(f"{key}: found {shown[1]}, but {directory} was trained with {shown[0]}; put that back to "
+                              "resume, or choose another output_dir for a new run")
+
+
+def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key: {"a": {"b": 1}} -> {"a.b": 1}. Lists stay values."""
+    flat = {}
+    for key, value in fields.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _write_arrays(path: str, arrays: dict[str, np.ndarray]) -> None:
+    """A safetensors file. numpy has no bfloat16 of its own, so that the library's writer would refuse MindSpore's."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, values in arrays.items():
+        header[name] = {"dtype": CODES[values.dtype.name], "shape": list(values.shape),
+                        "data_offsets": [end, end + values.nbytes]}
+        end += values.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for values in arrays.values():
+            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+
+
+def _sync(path: str) -> None:
+    """Have a file, or the names in a directory, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
