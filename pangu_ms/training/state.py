@@ -24,6 +24,7 @@ from pangu_ms.config import PanguConfig
 from pangu_ms.errors import CheckpointError, ConfigError
 
 CHECKPOINTS = "checkpoints"
+LOG_FILE = "log.jsonl"
 OPTIMIZER_FILE = os.path.join("training", "optimizer.safetensors")
 STATE_FILE = os.path.join("training", "state.json")
 PARTIAL = ".partial"
