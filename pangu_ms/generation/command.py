@@ -12,6 +12,7 @@ import pangu_ms
 from pangu_ms.config import COMPUTE_DTYPES, PanguConfig
 from pangu_ms.errors import PanguError, one_line
 from pangu_ms.generation.chat import ChatTemplate, ReplyParser
+from pangu_ms.generation.config_file import with_config
 from pangu_ms.generation.interactive import converse, ctrl_c, show_reply
 from pangu_ms.generation.request import check_request, find_eos_token_ids
 from pangu_ms.generation.sampling import Sampling
@@ -22,6 +23,7 @@ EXAMPLE = """examples:
   pangu-generate --model openPangu-2.0-Flash --prompt "The capital of Peru is" --max-new-tokens 32
   pangu-generate --model openPangu-2.0-Flash --chat --max-new-tokens 2048 --num-draft-tokens 3 --stats
   pangu-generate --model openPangu-2.0-Flash --chat --thinking off --prompt-file question.txt --max-new-tokens 512
+  pangu-generate --config configs/openpangu_v2/predict_flash_92b.yaml --chat
   pangu-generate --model tests/data/tiny --token-ids 5,6,7,8 --max-new-tokens 32 --json
 
 Without --json the new text (or, without a tokenizer, the new ids) goes to stdout as it comes, and a line of
@@ -46,9 +48,9 @@ STATS = ("prefill_seconds", "prefill_tokens", "decode_seconds", "decode_tokens",
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; wrong options leave through argparse's SystemExit, code 2."""
     parser = build_parser()
-    arguments = parser.parse_args(argv)
-    check_options(parser, arguments)
     try:
+        arguments = parser.parse_args(with_config(sys.argv[1:] if argv is None else argv))
+        check_options(parser, arguments)
         run(arguments)
     except PanguError as error:
         print(f"pangu-generate: error: {one_line(error)}", file=sys.stderr)
@@ -62,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pangu-generate", description=__doc__, epilog=EXAMPLE,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="a YAML file for predict that gives options, see "
+                        "configs/openpangu_v2; those given beside it come first")
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory: config.json, weights")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; needs a tokenizer in DIR")

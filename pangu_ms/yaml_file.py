@@ -1,0 +1,20 @@
+"""The YAML files of configs/: MindFormers' 1.x dialect."""
+import yaml
+
+from pangu_ms.errors import ConfigError
+
+
+def read_yaml(path: str) -> dict:
+    """The contents of a YAML file; `ConfigError` names the file when it cannot be read or holds no sections."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            fields = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; see configs/openpangu_v2 for files to start from") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: holds a {type(fields).__name__}, wanted sections such as model:")
+    if "base_config" in fields:
+        raise ConfigError(f"{path}: base_config is not supported; write its keys into this file")
+    return fields
