@@ -37,6 +37,7 @@ setup(
         "jinja2>=3.1",
         "mindformers==1.9.0",
         "numpy<2",
+        "pyyaml>=6",
         "safetensors>=0.4",
         "sentencepiece>=0.2",
         "tokenizers>=0.20",
@@ -51,6 +52,7 @@ setup(
         "console_scripts": [
             "pangu-generate = pangu_ms.generation.command:main",
             "pangu-convert = pangu_ms.checkpoint.convert:main",
+            "pangu-train = pangu_ms.training.command:main",
         ],
     },
 )
