@@ -1,4 +1,4 @@
-"""What a run shows, logs, refuses and saves: MindSpore callbacks for a `TrainStep`, whose `run` says what it belongs to.
+"""What a run shows, logs, refuses and saves: MindSpore callbacks around a `TrainStep` whose `run` is a `Run`.
 
 The step's outputs are (total, parts, grad_norm, load), see `pangu_ms.training.step`.
 """
@@ -101,17 +101,17 @@ class PanguCheckpoint(Callback):
                             ("keep_checkpoint_max", keep_checkpoint_max)):
             if type(value) is not int or value < 1:
                 raise PanguError(f"callbacks.PanguCheckpoint.{name}: found {value!r}, wanted an integer of at least 1")
-        self.every, self.keep, self.saved = save_checkpoint_steps, keep_checkpoint_max, None
+        self.every, self.keep = save_checkpoint_steps, keep_checkpoint_max
 
     def on_train_step_end(self, run_context):
         parameters = run_context.original_args()
-        run = parameters.train_network.run
-        step = run.start + parameters.cur_step_num
+        network = parameters.train_network
+        step = network.run.start + parameters.cur_step_num
         # Here too: whatever order the callbacks have, nothing broken is saved.
-        check_finite({"step": step} | numbers(parameters.train_network.gradients.forward.part_names, parameters.net_outputs),
-                     run, parameters.train_dataset)
-        if step % self.every == 0 or step == run.steps:
-            self._save(parameters.train_network, step)
+        line = {"step": step} | numbers(network.gradients.forward.part_names, parameters.net_outputs)
+        check_finite(line, network.run, parameters.train_dataset)
+        if step % self.every == 0 or step == network.run.steps:
+            self._save(network, step)
 
     def _save(self, network, step):
         run, model = network.run, network.gradients.forward.causal_lm

@@ -96,9 +96,9 @@ def find_checkpoint(output_dir: str, resume: bool) -> str | None:
     """The checkpoint to go on from; `ConfigError` when a new run would write over another."""
     found = checkpoints(output_dir)
     if resume:
+        where = os.path.join(output_dir, CHECKPOINTS)
         print(f"resuming from {found[-1]}" if found else
-              f"--resume: no complete checkpoint in {os.path.join(output_dir, CHECKPOINTS)}; starting from the beginning",
-              file=sys.stderr)
+              f"--resume: no complete checkpoint in {where}; starting from the beginning", file=sys.stderr)
         return found[-1] if found else None
     if found or os.path.exists(os.path.join(output_dir, LOG_FILE)):
         raise ConfigError(f"{output_dir}: holds another run; go on with it by --resume, or choose another output_dir")
