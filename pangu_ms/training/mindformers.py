@@ -350,6 +350,9 @@ def check_keys(fields):
     if fields["trainer"].get("type") != "PanguTrainer":
         raise ConfigError(f"trainer.type: found {fields['trainer'].get('type')}, wanted PanguTrainer, which is "
                           "MindFormers' CausalLanguageModelingTrainer with checkpoints of ours")
+    if "warmup_epochs" in (fields.get("lr_schedule") or {}):
+        raise ConfigError("lr_schedule.warmup_epochs: all epochs are one here, of which a resumed run sees the rest; "
+                          "give warmup_steps or warmup_ratio")
     columns = fields["train_dataset"].get("input_columns")
     if columns != COLUMNS:
         raise ConfigError(f"train_dataset.input_columns: found {columns}, wanted {COLUMNS}")
