@@ -4,27 +4,32 @@ import math
 import mindspore as ms
 import numpy as np
 
+from pangu_ms.training.settings import TrainingSettings
+
 MHC_ALPHA = 0.01
 
 
-def initialize(causal_lm, seed, moe_std=0.00206):
+def initialize(causal_lm, seed, settings=TrainingSettings()):
     """Sets every parameter of the model, from `seed` alone: float32 draws, in the order of the parameters' names.
 
-    Projections are normal(0, initializer_range), experts and routers normal(0, moe_std); those that write to the
+    Projections are normal(0, initializer_range), experts and routers normal(0, moe_init_std); those that write to the
     residual (o_proj, down_proj) are smaller by sqrt(2L) for L trunk layers, so that the sum of all layers' writes does
-    not grow with L. The embedding is a truncated normal of H^-0.5, cut at two standard deviations. Norms are one, the
-    short convolutions and the selection bias zero: both then learn from nothing. A hyper-connection begins as a plain
-    residual: sublayer l reads mostly stream l mod N, writes to all streams alike, and mixes close to not at all.
+    not grow with L. The embedding is a truncated normal of H^-0.5, cut at two standard deviations. Norms are one, or
+    post_norm_init behind a sublayer. Short convolutions are zero, their sites then pass on what they get, and so is the
+    selection bias. A hyper-connection reads a little more of stream l mod N than of the others for layer l, writes to
+    all streams alike, and leaves a little more of each stream in its place.
     """
     config, draw = causal_lm.config, np.random.default_rng(seed)
     for name, parameter in sorted(causal_lm.parameters_dict().items()):
-        values = _values(name, parameter.shape, config, moe_std, draw)
+        values = _values(name, parameter.shape, config, settings, draw)
         parameter.set_data(ms.Tensor(values.astype(np.float32)).astype(parameter.dtype))
 
 
-def _values(name, shape, config, moe_std, draw):
+def _values(name, shape, config, settings, draw):
     kind = name.split(".")[-2] if name.endswith(".weight") else name.split(".")[-1]
     streams = config.mhc_num_stream
+    if kind in ("post_attention_layernorm", "post_mlp_layernorm"):
+        return np.full(shape, settings.post_norm_init)
     if "norm" in kind:                                                          # norm_gamma too
         return np.ones(shape)
     if kind == "e_score_correction_bias" or kind.endswith("conv"):
@@ -40,7 +45,7 @@ def _values(name, shape, config, moe_std, draw):
     if kind == "embed_tokens":
         return _truncated(draw, shape) * config.hidden_size ** -0.5
     routed = ".mlp.experts." in name or kind == "gate"
-    std = moe_std if routed else config.initializer_range
+    std = settings.moe_init_std if routed else config.initializer_range
     if kind in ("o_proj", "down_proj"):
         std /= math.sqrt(2 * config.num_hidden_layers)
     return draw.standard_normal(shape) * std

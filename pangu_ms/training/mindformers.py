@@ -79,7 +79,7 @@ class OpenPanguV2ForCausalLM(TrainModelMixin, PreTrainedModel, ModelMixin):
             model = load(config.pangu_weights, config.fields)
         else:
             model = PanguForCausalLM(PanguConfig.from_dict(config.fields))
-            initialize(model, config.pangu_seed, settings.moe_init_std)
+            initialize(model, config.pangu_seed, settings)
         self.training_forward = TrainingForward(model, settings)
         self.transformer_config = SimpleNamespace(
             mtp_num_layers=model.config.num_nextn_predict_layers, num_moe_experts=model.config.n_routed_experts,

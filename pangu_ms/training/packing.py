@@ -29,7 +29,8 @@ class PackedDataset:
     """Documents as sequences of one length, in every epoch in another order.
 
     Texts (`may_be_cut`) follow each other in the epoch's order, and the stream is cut every T tokens: a sequence begins
-    and ends where it falls, and only the last of an epoch is padded. The parts of a cut document have positions of
+    and ends where it falls, and one of an epoch is padded. Then the sequences are put in another order, or a batch
+    would hold parts of one long document. The parts of a cut document have positions of
     their own, from 0; the last row of a part still predicts the token that follows in the document, so every token but
     the first of a document is predicted once in an epoch. All epochs have the same tokens, so as many sequences.
 
@@ -106,7 +107,7 @@ class PackedDataset:
 
 
 class _Stream:
-    """Documents end to end in the order of the epoch, cut every sequence_length tokens."""
+    """Documents end to end in an order of the epoch, cut every sequence_length tokens; then an order of the cuts."""
 
     def __init__(self, lengths, sequence_length, seed):
         self._lengths, self._sequence_length, self._seed = lengths, sequence_length, seed
@@ -117,13 +118,14 @@ class _Stream:
         return -(-self._total // self._sequence_length)
 
     def _draw(self, epoch):
-        """The order of the documents, and the token of the epoch with which each of them ends."""
-        order = np.random.default_rng((self._seed, epoch)).permutation(len(self._lengths))
-        return order, np.cumsum(self._lengths[order])
+        """The order of the documents, the token of the epoch with which each of them ends, the order of the cuts."""
+        draw = np.random.default_rng((self._seed, epoch))
+        order = draw.permutation(len(self._lengths))
+        return order, np.cumsum(self._lengths[order]), draw.permutation(len(self))
 
     def parts(self, epoch, i):
-        order, ends = self._order(epoch)
-        at = i * self._sequence_length
+        order, ends, cuts = self._order(epoch)
+        at = int(cuts[i]) * self._sequence_length
         stop = min(at + self._sequence_length, self._total)
         found, place = [], int(np.searchsorted(ends, at, side="right"))
         while at < stop:
@@ -162,25 +164,3 @@ class _Whole:
 
     def parts(self, epoch, i):
         return [(document, 0, int(self._lengths[document])) for document in self._sequences[self._order(epoch)[i]]]
-
-
-class Shard:
-    """What one of several processes reads, from a cursor on: a source by index for MindSpore's GeneratorDataset.
-
-    Args:
-        length: sequences that this process reads.
-        cursor: sequences that all processes together have consumed before.
-        rank, world: this process and the number of all; [i] is sequence cursor + i * world + rank.
-    """
-
-    def __init__(self, dataset: PackedDataset, length: int, cursor: int = 0, rank: int = 0, world: int = 1):
-        self._dataset, self._length = dataset, length
-        self._first, self._world = cursor + rank, world
-
-    def __len__(self):
-        return self._length
-
-    def __getitem__(self, i: int) -> Sequence:
-        if not 0 <= i < self._length:
-            raise IndexError(f"sequence {i} of {self._length}")
-        return self._dataset[self._first + i * self._world]

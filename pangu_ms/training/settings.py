@@ -22,6 +22,9 @@ class TrainingSettings:
         router_bias_update_rate: what the selection bias of an expert moves by after each optimizer step, towards an
             even load.
         moe_init_std: standard deviation of a new model's experts and routers.
+        post_norm_init: of a new model, the weight of the norms behind attention and feed-forward. With 1, as in public
+            code, the first sublayer drowns the embedding, and routers send all tokens the same way until these weights
+            have come down; depth-scaled ones, as published for Pangu Ultra, start below.
     """
 
     mtp_loss_weight: float = 1.0
@@ -31,6 +34,7 @@ class TrainingSettings:
     z_loss_coeff: float = 0.0
     router_bias_update_rate: float = 0.0
     moe_init_std: float = 0.00206
+    post_norm_init: float = 1.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pangu_ms.errors import PanguError
 from pangu_ms.training.data import gather
-from pangu_ms.training.packing import PackedDataset, Shard
+from pangu_ms.training.packing import PackedDataset
 
 PAD = 0
 
@@ -131,18 +131,6 @@ def test_epochs_and_seeds_have_other_orders_and_the_same_length(may_be_cut):
     assert len(PackedDataset(documents, 8, 0)) == len(orders[0]) == len(orders[1])
 
 
-@pytest.mark.parametrize("may_be_cut", [True, False])
-@given(cursor=st.integers(0, 100), world=st.integers(1, 4))
-def test_a_run_goes_on_from_any_cursor_in_any_number_of_processes(may_be_cut, cursor, world):
-    documents = numbered([3, 5, 2, 7, 4, 6, 1, 5], may_be_cut)
-    whole = PackedDataset(documents, 8, seed=3)
-    again = PackedDataset(documents, 8, seed=3)
-    shards = [Shard(again, 3, cursor, rank, world) for rank in range(world)]
-    assert [len(shard) for shard in shards] == [3] * world
-    read = [sequence for turn in zip(*shards, strict=True) for sequence in turn]
-    assert all(equal(sequence, whole[cursor + n]) for n, sequence in enumerate(read))
-
-
 def test_the_order_is_the_same_in_another_process():
     program = ("from tests.training.test_packing import digest; print(digest(True), digest(False))")
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -172,6 +160,4 @@ def test_indices():
     dataset = PackedDataset(numbered([9, 3, 12], True), 8, 0)
     with pytest.raises(IndexError):
         dataset[-1]
-    with pytest.raises(IndexError):
-        Shard(dataset, 2)[2]
     assert len(list(dataset)) == len(dataset) == 3
