@@ -139,3 +139,39 @@ def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
     assert (source.documents(5), source.largest_id) == (["d5"], 90)
     with pytest.raises(PanguError, match="data_loader.documents: found 'books', wanted texts or chats"):
         mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="books")
+
+
+@pytest.mark.slow
+def test_four_losses_add_up_to_ours(mindformers, data):
+    """What MindFormers' own wrappers do with the network: the sum is the total, and so is its gradient."""
+    fields = PanguConfig.from_pretrained(data / "tiny").to_dict() | {
+        "num_hidden_layers": 2, "num_nextn_predict_layers": 1, "dsa_layers": [0], "swa_layers": [1, 2],
+        "sliding_window_list": [7, 7], "block_post_layernorm_idx": [1]}
+    settings = {"balance_loss_coeff": 0.5, "z_loss_coeff": 0.25, "mtp_loss_weight": 0.3}
+    network = mindformers.OpenPanguV2ForCausalLM(mindformers.PanguModelConfig(settings, pangu_seed=3, **fields))
+    draw = np.random.default_rng(0)
+    ids, labels = (ms.Tensor(draw.integers(0, 199, (2, 12)), ms.int32) for _ in range(2))
+    batch = (ids, labels, ms.Tensor(np.ones((2, 12)), ms.float32), ms.Tensor(np.tile(np.arange(12), (2, 1)), ms.int32))
+    weights = ms.ParameterTuple([p for p in network.trainable_params() if p.name in
+                                 ("model.norm.weight", "model.layers.1.mlp.gate.weight", "lm_head.weight")])
+    assert len(weights) == 3
+    (total, parts, _), wanted = ms.value_and_grad(network.training_forward, None, weights, has_aux=True)(*batch)
+    losses, found = ms.value_and_grad(_Sum(network), None, weights, has_aux=True)(*batch)
+    four = [loss.asnumpy().item() for loss in losses[1:]]
+    parts = dict(zip(network.training_forward.part_names, parts.asnumpy().tolist()))
+    assert four == pytest.approx([parts["lm"], 0.3 * parts["mtp_1"], 0.5 * parts["balance"] + 0.25 * parts["z"], 0.0])
+    assert losses[0].asnumpy().item() == pytest.approx(total.asnumpy().item())
+    for a, b in zip(found, wanted):
+        np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), rtol=1e-4, atol=1e-6)
+
+
+class _Sum(ms.nn.Cell):
+    """What MindFormers' wrappers minimise."""
+
+    def __init__(self, network):
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, *batch):
+        first, second, third, fourth = self.network(*batch)
+        return (first + second + third + fourth)[0], first, second, third, fourth
