@@ -350,6 +350,10 @@ def check_keys(fields):
     if fields["trainer"].get("type") != "PanguTrainer":
         raise ConfigError(f"trainer.type: found {fields['trainer'].get('type')}, wanted PanguTrainer, which is "
                           "MindFormers' CausalLanguageModelingTrainer with checkpoints of ours")
+    ours = {"PanguMonitor", "PanguCheckpoint"} & {given.get("type") for given in fields["callbacks"]}
+    if ours and fields["runner_wrapper"].get("type") != "PanguTrainStep":
+        raise ConfigError(f"runner_wrapper.type: found {fields['runner_wrapper'].get('type')}, but callbacks name "
+                          f"{min(ours)}, which reads what PanguTrainStep gives; take that or other callbacks")
     if "warmup_epochs" in (fields.get("lr_schedule") or {}):
         raise ConfigError("lr_schedule.warmup_epochs: all epochs are one here, of which a resumed run sees the rest; "
                           "give warmup_steps or warmup_ratio")

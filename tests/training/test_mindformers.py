@@ -51,6 +51,7 @@ def changed(**values):
     ({"callbacks__1__save_steps": 1}, "callbacks.PanguCheckpoint.save_steps: .*did you mean save_checkpoint_steps?"),
     ({"trainer__type": "CausalLanguageModelingTrainer"}, "trainer.type: found CausalLang.*wanted PanguTrainer"),
     ({"train_dataset__input_columns": ["input_ids"]}, "input_columns: found .*wanted"),
+    ({"runner_wrapper": {"type": "MFTrainOneStepCell"}}, "found MFTrain.*, but callbacks name PanguCheckpoint"),
     ({"lr_schedule__warmup_epochs": 1}, "warmup_epochs: .*give warmup_steps or warmup_ratio"),
     ({"optimizer": None}, "optimizer: found None, wanted a section"),
     ({"run_mode": "finetune"}, "run_mode: found finetune without weights"),
