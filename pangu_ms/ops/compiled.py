@@ -12,26 +12,10 @@ from pathlib import Path
 import mindspore as ms
 from mindspore import ops
 from mindspore.ops import CustomRegOp, DataType
-from mindspore.ops.composite.multitype_ops.zeros_like_impl import zeros_like
+
+from pangu_ms.ops.gradients import BPROPS
 
 OUTPUTS = {"HyperConnectionRead": (ms.float32,) * 3, "Route": (ms.int32, ms.float32)}  # where it is not one float32
-GRADIENTS = {  # operator with a compiled gradient: the arguments that have one. The others are constants of a model
-    "Linear": ("x", "weight"),
-    "RmsNorm": ("x", "weight"),
-    "Swiglu": ("gate", "up"),
-    "Rotate": ("x",),
-    "ShortConv": ("x", "past", "weight"),
-    "HyperConnectionRead": ("streams", "gamma", "phi", "alpha", "beta"),
-    "HyperConnectionWrite": ("y", "post", "mix", "streams"),
-    "HyperConnectionMerge": ("streams", "gamma", "phi", "alpha", "beta"),
-    "LatentRows": ("latent", "kv", "weight"),
-    "MaskedSoftmax": ("score",),
-    "ExpandedAttention": ("q", "sinks", "keys", "kv_b"),
-    "Route": ("logits",),
-    "Experts": ("x", "weights", "gate", "up", "down"),
-    "CrossEntropy": ("hidden", "weight"),
-    "FeedForward": ("x", "gate", "up", "down"),
-}
 
 
 def available():
@@ -48,14 +32,15 @@ def _library():
 
 
 def form(function, plain):
-    """The operator `function` of the library, with the arguments of `plain`, and its gradient or the compiled one."""
-    arguments = list(inspect.signature(plain).parameters)
-    outputs = OUTPUTS.get(function, (ms.float32,))
-    if function in GRADIENTS:
-        gradient = _compiled_gradient(function, arguments, len(outputs))
+    """The operator `function` of the library, with the arguments of `plain`, and its gradient where none is compiled."""
+    arguments, outputs = list(inspect.signature(plain).parameters), OUTPUTS.get(function, (ms.float32,))
+    if function in BPROPS:
+        bprop, gradients = BPROPS[function]
+        given = [f"d{i}" for i in range(len(outputs))]
+        bprop = bprop(_operator(f"{function}Gradient", arguments + given, (ms.float32,) * gradients))
     else:
-        gradient = ops.GradOperation(get_all=True, sens_param=True)(plain)     # leaves out what it knows as constant
-    return _operator(function, arguments, outputs, _bprop(gradient, len(arguments)))
+        bprop = _plain_bprop(plain, len(arguments))
+    return _operator(function, arguments, outputs, bprop)
 
 
 def _operator(function, inputs, outputs, bprop=None):
@@ -69,41 +54,9 @@ def _operator(function, inputs, outputs, bprop=None):
                       func_type="aot", bprop=bprop, reg_info=info)
 
 
-def _compiled_gradient(function, arguments, outputs):
-    """`function`Gradient: the arguments, then the gradient of each output -> gradients of GRADIENTS[function].
-
-    Called like a gradient of the plain form: (arguments ..., the gradient of the output or a tuple of them) -> one
-    gradient for each argument, zeros where there is none.
-    """
-    names = GRADIENTS[function]
-    operator = _operator(f"{function}Gradient", arguments + [f"d{i}" for i in range(outputs)],
-                         (ms.float32,) * len(names))
-    place = [names.index(name) if name in names else None for name in arguments]
-    several, single = outputs > 1, len(names) == 1
-
-    def gradient(*given):
-        given, dout = given[:-1], given[-1]
-        found = operator(*given, *dout) if several else operator(*given, dout)
-        found = (found,) if single else found
-        gradients = ()
-        for i, at in enumerate(place):
-            gradients = gradients + ((zeros_like(given[i]) if at is None else found[at]),)
-        return gradients
-
-    return gradient
-
-
-def _bprop(gradient, inputs):
-    """The `bprop` of an operator with so many inputs. MindSpore counts its parameters, hence one for each number."""
-
-    def two(a, b, out, dout):
-        return gradient(a, b, dout)
-
-    def three(a, b, c, out, dout):
-        return gradient(a, b, c, dout)
-
-    def four(a, b, c, d, out, dout):
-        return gradient(a, b, c, d, dout)
+def _plain_bprop(plain, inputs):
+    """For an operator that training does not use. Inputs that MindSpore knows as constants must come last."""
+    gradient = ops.GradOperation(get_all=True, sens_param=True)(plain)
 
     def five(a, b, c, d, e, out, dout):
         return gradient(a, b, c, d, e, dout)
@@ -111,7 +64,4 @@ def _bprop(gradient, inputs):
     def six(a, b, c, d, e, f, out, dout):
         return gradient(a, b, c, d, e, f, dout)
 
-    def seven(a, b, c, d, e, f, g, out, dout):
-        return gradient(a, b, c, d, e, f, g, dout)
-
-    return {2: two, 3: three, 4: four, 5: five, 6: six, 7: seven}[inputs]
+    return {5: five, 6: six}[inputs]

@@ -1,0 +1,127 @@
+"""The `bprop` of each compiled operator that has a compiled gradient.
+
+Each function takes the gradient operator, whose arguments are the operator's own and then the gradient of each output,
+and gives the function that MindSpore calls: (arguments ..., outputs, their gradients) -> one gradient for each argument.
+Zeros stand for those that are constants of a model: whole numbers, masks, angles, scales. They are written out one by
+one because MindSpore counts parameters, and a loop over them would take it most of the time to compile a model.
+"""
+from mindspore.ops.composite.multitype_ops.zeros_like_impl import zeros_like
+
+
+def linear(gradient):
+    def bprop(x, weight, out, dout):
+        return gradient(x, weight, dout)
+    return bprop
+
+
+def rms_norm(gradient):
+    def bprop(x, weight, eps, out, dout):
+        dx, dweight = gradient(x, weight, eps, dout)
+        return dx, dweight, zeros_like(eps)
+    return bprop
+
+
+def swiglu(gradient):
+    def bprop(gate, up, out, dout):
+        return gradient(gate, up, dout)
+    return bprop
+
+
+def rotate(gradient):
+    def bprop(x, cos, sin, start, out, dout):
+        return gradient(x, cos, sin, start, dout), zeros_like(cos), zeros_like(sin), zeros_like(start)
+    return bprop
+
+
+def short_conv(gradient):
+    def bprop(x, past, weight, open_, out, dout):
+        dx, dpast, dweight = gradient(x, past, weight, open_, dout)
+        return dx, dpast, dweight, zeros_like(open_)
+    return bprop
+
+
+def hyper_connection_read(gradient):
+    def bprop(streams, gamma, phi, alpha, beta, eps, rounds, out, dout):
+        dstreams, dgamma, dphi, dalpha, dbeta = gradient(streams, gamma, phi, alpha, beta, eps, rounds,
+                                                         dout[0], dout[1], dout[2])
+        return dstreams, dgamma, dphi, dalpha, dbeta, zeros_like(eps), zeros_like(rounds)
+    return bprop
+
+
+def hyper_connection_write(gradient):
+    def bprop(y, post, mix, streams, out, dout):
+        return gradient(y, post, mix, streams, dout)
+    return bprop
+
+
+def hyper_connection_merge(gradient):
+    def bprop(streams, gamma, phi, alpha, beta, eps, out, dout):
+        dstreams, dgamma, dphi, dalpha, dbeta = gradient(streams, gamma, phi, alpha, beta, eps, dout)
+        return dstreams, dgamma, dphi, dalpha, dbeta, zeros_like(eps)
+    return bprop
+
+
+def latent_rows(gradient):
+    def bprop(latent, kv, weight, cos, sin, eps, out, dout):
+        dlatent, dkv, dweight = gradient(latent, kv, weight, cos, sin, eps, dout)
+        return dlatent, dkv, dweight, zeros_like(cos), zeros_like(sin), zeros_like(eps)
+    return bprop
+
+
+def masked_softmax(gradient):
+    def bprop(score, visible, scale, out, dout):
+        return gradient(score, visible, scale, dout), zeros_like(visible), zeros_like(scale)
+    return bprop
+
+
+def expanded_attention(gradient):
+    def bprop(q, sinks, keys, visible, kv_b, scale, out, dout):
+        dq, dsinks, dkeys, dkv_b = gradient(q, sinks, keys, visible, kv_b, scale, dout)
+        return dq, dsinks, dkeys, zeros_like(visible), dkv_b, zeros_like(scale)
+    return bprop
+
+
+def route(gradient):
+    def bprop(logits, bias, scale, normalise, out, dout):
+        dlogits = gradient(logits, bias, scale, normalise, dout[0], dout[1])
+        return dlogits, zeros_like(bias), zeros_like(scale), zeros_like(normalise)
+    return bprop
+
+
+def experts(gradient):
+    def bprop(x, ids, weights, gate, up, down, out, dout):
+        dx, dweights, dgate, dup, ddown = gradient(x, ids, weights, gate, up, down, dout)
+        return dx, zeros_like(ids), dweights, dgate, dup, ddown
+    return bprop
+
+
+def feed_forward(gradient):
+    def bprop(x, gate, up, down, out, dout):
+        return gradient(x, gate, up, down, dout)
+    return bprop
+
+
+def cross_entropy(gradient):
+    def bprop(hidden, weight, labels, mask, out, dout):
+        dhidden, dweight = gradient(hidden, weight, labels, mask, dout)
+        return dhidden, dweight, zeros_like(labels), zeros_like(mask)
+    return bprop
+
+
+BPROPS = {  # operator of the library: its function above, and how many gradients the gradient operator gives
+    "Linear": (linear, 2),
+    "RmsNorm": (rms_norm, 2),
+    "Swiglu": (swiglu, 2),
+    "Rotate": (rotate, 1),
+    "ShortConv": (short_conv, 3),
+    "HyperConnectionRead": (hyper_connection_read, 5),
+    "HyperConnectionWrite": (hyper_connection_write, 4),
+    "HyperConnectionMerge": (hyper_connection_merge, 5),
+    "LatentRows": (latent_rows, 3),
+    "MaskedSoftmax": (masked_softmax, 1),
+    "ExpandedAttention": (expanded_attention, 4),
+    "Route": (route, 1),
+    "Experts": (experts, 5),
+    "FeedForward": (feed_forward, 4),
+    "CrossEntropy": (cross_entropy, 2),
+}
