@@ -157,10 +157,10 @@ OPERATOR(ExpandedAttention) {
                 many_dots(from, heads * head_dim, 0, count, packed_panels(turned + begin * head_dim * LANES, head_dim),
                           end - begin, head_dim, into(always));
                 for (int64_t t = 0; t < count; t++) {
-                    for (int64_t i = 0; i < span; i++) {
-                        const int64_t s = i < always * LANES ? i : i + (begin - always) * LANES;
-                        mask[i] = s < total && seen[t * total + s];
-                    }
+                    const bool *line = seen + t * total, *stop = line + total;
+                    std::copy(line, std::min(line + always * LANES, stop), mask.begin());
+                    std::copy(std::min(line + begin * LANES, stop), std::min(line + end * LANES, stop),
+                              mask.begin() + always * LANES);
                     softmax(score + t * span, reinterpret_cast<bool*>(mask.data()), scale, span, score + t * span);
                 }
                 float* to = y + ((b * length + first) * heads + head) * value;

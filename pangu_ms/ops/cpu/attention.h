@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <utility>
+#include <vector>
 
 #include "call.h"
 #include "lanes.h"
@@ -45,12 +46,13 @@ struct MaskRows {
 
 // The first row behind the sinks that one of `count` queries sees, and the end of the last; mask [count, total].
 inline std::pair<int64_t, int64_t> seen_rows(const bool* mask, int64_t count, int64_t sinks, int64_t total) {
-    int64_t low = total, high = sinks;
+    std::vector<char> any(total);
     for (int64_t t = 0; t < count; t++) {
-        const bool* line = mask + t * total;
-        low = std::find(line + sinks, line + low, true) - line;
-        for (int64_t s = total; s > high; s--)
-            if (line[s - 1]) high = s;
+#pragma omp simd
+        for (int64_t s = 0; s < total; s++) any[s] |= mask[t * total + s];
     }
-    return {std::min(low, high), high};
+    int64_t low = sinks, high = total;
+    while (high > sinks && !any[high - 1]) high--;
+    while (low < high && !any[low]) low++;
+    return {low, high};
 }
