@@ -2,24 +2,28 @@
 
 python examples/toy_corpus.py --output DIR
 
-writes pretrain.jsonl, heldout.jsonl (documents: {"id": path, "text": source}), chats.jsonl and chats_heldout.jsonl
+writes tokenizer/, pretrain.jsonl, heldout.jsonl (documents: {"id": path, "text": source}), chats.jsonl and chats_heldout.jsonl
 ({"id", "messages", "thinking"}). No question of chats_heldout.jsonl stands in chats.jsonl; what it asks about does, in
 other words, but for sums and words to spell. The same Python version gives the same files on every machine.
 """
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import random
 import sysconfig
 import tokenize
 from pathlib import Path
 
+from pangu_ms.training.tokenizer import train_tokenizer
+
 # Tests, programs that are no library, tables of data, and what is written when Python is installed.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip",
             "msilib", "encodings", "pydoc_data", "__phello__", "entities.py"}
 HELD_OUT_FILES, HELD_OUT_QUESTIONS = 2, 5  # percent
 CHATS = 8000
+VOCABULARY = 4096
 
 CAPITALS = {
     "Argentina": "Buenos Aires", "Austria": "Vienna", "Belgium": "Brussels", "Bolivia": "Sucre", "Chile": "Santiago",
@@ -178,11 +182,26 @@ def write_corpus(directory, library=None, chats: int = CHATS) -> dict[str, int]:
     return {file: len(records) for file, records in lines.items()}
 
 
+def train_toy_tokenizer(directory):
+    """directory/tokenizer, from the texts and the chats that are trained on."""
+    directory = Path(directory)
+    texts = (record["text"] for record in _records(directory / "pretrain.jsonl"))
+    chats = (message["content"] for record in _records(directory / "chats.jsonl") for message in record["messages"])
+    train_tokenizer(itertools.chain(texts, chats), VOCABULARY, directory / "tokenizer")
+
+
+def _records(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the four files go")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the files go")
     directory = Path(parser.parse_args().output)
-    for name, lines in write_corpus(directory).items():
+    lines_of = write_corpus(directory)
+    train_toy_tokenizer(directory)
+    for name, lines in lines_of.items():
         print(f"{name:20} {lines:6,} lines {(directory / name).stat().st_size:12,} bytes")
 
 
