@@ -43,9 +43,12 @@ MODULES = ["ast", "base64", "bisect", "calendar", "colorsys", "copy", "csv", "da
            "weakref", "zipfile"]
 
 
-def library_files(directory) -> list[tuple[str, str]]:
-    """(path below the directory, with /; source) of each file of a standard library, in the order of the paths."""
-    directory = Path(directory)
+def library_files(directory=None) -> list[tuple[str, str]]:
+    """(path below the directory, with /; source) of each file of a standard library, in the order of the paths.
+
+    The library is that of the running Python if no directory is given.
+    """
+    directory = Path(directory or sysconfig.get_path("stdlib"))
     paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*.py")}
     found = []
     for name, path in sorted(paths.items()):
@@ -162,7 +165,7 @@ def write_corpus(directory, library=None, chats: int = CHATS) -> dict[str, int]:
     Returns:
         {file name: lines in it}.
     """
-    files = library_files(library or sysconfig.get_path("stdlib"))
+    files = library_files(library)
     lines = {"pretrain.jsonl": [], "heldout.jsonl": [], "chats.jsonl": [], "chats_heldout.jsonl": []}
     for name, text in files:
         file = "heldout.jsonl" if held_out(name, HELD_OUT_FILES) else "pretrain.jsonl"
@@ -177,9 +180,13 @@ def write_corpus(directory, library=None, chats: int = CHATS) -> dict[str, int]:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for file, records in lines.items():
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        (directory / file).write_text(text, encoding="utf-8")
+        write_jsonl(directory / file, records)
     return {file: len(records) for file, records in lines.items()}
+
+
+def write_jsonl(path, records):
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def train_toy_tokenizer(directory):

@@ -253,9 +253,16 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         return dataset.skip(self.run.start) if self.run.start else dataset
 
     def create_network(self, default_args=None):
-        """The network is told what belongs to it besides `model_config`."""
+        """The network is told what belongs to it besides `model_config`, and which layers to compute again."""
         own = {"pangu_training": self.config.pangu_training, "pangu_weights": self.weights, "pangu_seed": self.run.seed}
-        return super().create_network({**(default_args or {}), **own})
+        network = super().create_network({**(default_args or {}), **own})
+        recompute = self.config.recompute_config.recompute if self.config.recompute_config else False
+        if type(recompute) is not bool:
+            raise ConfigError(f"recompute_config.recompute: found {recompute!r}, wanted True or False: all layers or none")
+        if recompute:
+            for layer in _ours(network).training_forward.causal_lm.model.layers:
+                layer.recompute()
+        return network
 
     def create_optimizer_scheduler(self, network, model_params):
         """Ours reads sizes of heads from the model's config."""
