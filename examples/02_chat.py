@@ -9,7 +9,7 @@ os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
 
 from pangu_ms import PanguForCausalLM, Sampling, stream_generate
 from pangu_ms.generation.chat import ChatTemplate, ReplyParser
-from pangu_ms.generation.text import load_tokenizer, stream_text
+from pangu_ms.generation.text import load_tokenizer
 
 QUESTIONS = ["What is the capital of Peru?", "And how many people live there?"]
 
@@ -31,12 +31,13 @@ def main():
     messages = [{"role": "system", "content": "Answer in one sentence."}]
     for question in QUESTIONS:
         messages.append({"role": "user", "content": question})
-        pieces = stream_generate(model, template.render(messages), arguments.max_new_tokens, sampling=sampling,
-                                 num_draft_tokens=arguments.num_draft_tokens, eos_token_ids=template.stop_token_ids)
+        pieces = stream_generate(model, template.render(messages), arguments.max_new_tokens, tokenizer=tokenizer,
+                                 sampling=sampling, num_draft_tokens=arguments.num_draft_tokens,
+                                 eos_token_ids=template.stop_token_ids)
         parser, part = ReplyParser(), "user"
         print(f"[{part}] {question}", end="")
-        for _, text in stream_text(pieces, tokenizer):
-            part = show(parser.push(text), part)
+        for piece in pieces:
+            part = show(parser.push(piece.text), part)
         show(parser.flush(), part)
         print()
         messages.append(parser.reply.message())

@@ -17,7 +17,7 @@ from pangu_ms.generation.interactive import converse, ctrl_c, show_reply
 from pangu_ms.generation.request import check_request, find_eos_token_ids
 from pangu_ms.generation.sampling import Sampling
 from pangu_ms.generation.stopping import StopStrings
-from pangu_ms.generation.text import load_tokenizer, stream_text, tokenizer_file
+from pangu_ms.generation.text import load_tokenizer, tokenizer_file
 
 EXAMPLE = """examples:
   pangu-generate --model openPangu-2.0-Flash --prompt "The capital of Peru is" --max-new-tokens 32
@@ -126,27 +126,27 @@ def run(arguments: argparse.Namespace) -> None:
                                                       progress=sys.stderr.isatty())
 
     def stream(ids):
-        """(piece, text) as `stream_text` gives them; without a tokenizer the text is the ids, with commas between."""
+        """The pieces that follow ids."""
         with (ctrl_c(),
               tqdm(total=len(ids), desc="prefill", unit="token", mininterval=0, leave=False, disable=None) as bar):
-            pieces = pangu_ms.stream_generate(
-                model, ids, arguments.max_new_tokens, sampling=sampling, num_draft_tokens=arguments.num_draft_tokens,
-                eos_token_ids=eos_token_ids, on_prefill=lambda done, total: bar.update(done - bar.n))
-            for piece, text in stream_text(pieces, tokenizer, arguments.stop) if tokenizer else numbers(pieces):
+            for piece in pangu_ms.stream_generate(
+                    model, ids, arguments.max_new_tokens, tokenizer=tokenizer, stop=arguments.stop, sampling=sampling,
+                    num_draft_tokens=arguments.num_draft_tokens, eos_token_ids=eos_token_ids,
+                    on_prefill=lambda done, total: bar.update(done - bar.n)):
                 bar.close()  # before the first output, so that the two do not mix on a terminal
-                yield piece, text
+                yield piece
 
     if ids is None:
         converse(template, stream, arguments.system, thinking, show_stats if arguments.stats else None)
         return
     parser = ReplyParser(thinking) if template else None
     if arguments.json:
-        print_json(stream(ids), tokenizer, parser)
+        print_json(stream(ids), parser)
         return
     if parser:
         _, last = show_reply(stream(ids), parser)
     else:
-        last = print_text(stream(ids))
+        last = print_pieces(stream(ids))
     if last is not None:
         show_stats(last, arguments.stats)
 
@@ -191,35 +191,29 @@ def parse_token_ids(text: str) -> list[int]:
         raise PanguError(f"--token-ids is {text!r}: wanted integers with commas between, such as 5,6,7") from None
 
 
-def numbers(pieces):
-    for i, piece in enumerate(pieces):
-        yield piece, ("," if i else "") + str(piece.token_id)
-
-
-def print_text(texts):
-    """Text to stdout as it comes -> the last piece."""
-    for piece, text in texts:
-        last = piece or last
-        print(text, end="", flush=True)
+def print_pieces(pieces):
+    """Text to stdout as it comes, without a tokenizer the ids with commas between -> the last piece."""
+    last = None
+    for piece in pieces:
+        number = str(piece.token_id) if last is None else f",{piece.token_id}"
+        print(number if piece.text is None else piece.text, end="", flush=True)
+        last = piece
     print()
     return last
 
 
-def print_json(texts, tokenizer, parser: ReplyParser | None) -> None:
+def print_json(pieces, parser: ReplyParser | None) -> None:
     """One object with all of it; with a parser also what the reply is made of."""
-    new_ids, whole = [], ""
-    for piece, text in texts:
-        whole += text
-        if piece is not None:
-            last = piece
-            new_ids.append(piece.token_id)
-    result = {"token_ids": new_ids, "text": whole if tokenizer else None}
+    pieces = list(pieces)
+    text = None if pieces[0].text is None else "".join(piece.text for piece in pieces)
+    result = {"token_ids": [piece.token_id for piece in pieces], "text": text}
     if parser:
-        parser.push(whole)
+        parser.push(text)
         parser.flush()
         result |= vars(parser.reply)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps(result | {"stats": {name: getattr(last, name) for name in STATS} | {"peak_memory_bytes": peak}}))
+    stats = {name: getattr(pieces[-1], name) for name in STATS} | {"peak_memory_bytes": peak}
+    print(json.dumps(result | {"stats": stats}))
 
 
 def show_stats(piece, more: bool = True) -> None:

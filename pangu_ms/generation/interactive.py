@@ -19,7 +19,7 @@ def converse(template, stream, system=None, thinking=True, on_reply=None):
 
     Args:
         template (ChatTemplate):
-        stream: ids -> iterator of (piece, text), as `stream_text` gives them.
+        stream: ids -> iterator of pieces with text, as `stream_generate` gives them.
         system (str): the system message.
         thinking (bool): whether replies begin with reasoning; /thinking changes it.
         on_reply: called with the last piece of each reply.
@@ -62,11 +62,11 @@ def converse(template, stream, system=None, thinking=True, on_reply=None):
                     on_reply(piece)
 
 
-def show_reply(texts, parser):
+def show_reply(pieces, parser):
     """Shows a reply as it comes; Ctrl-C ends it.
 
     Args:
-        texts: iterator of (piece, text), as `stream_text` gives them.
+        pieces: iterator of pieces with text, as `stream_generate` gives them.
         parser (ReplyParser): a new one.
 
     Returns:
@@ -74,9 +74,8 @@ def show_reply(texts, parser):
     """
     last, part = None, None
     try:
-        for piece, text in texts:
-            last = piece or last
-            part = _show(parser.push(text), part)
+        for last in pieces:
+            part = _show(parser.push(last.text), part)
     except KeyboardInterrupt:
         print(" ...", end="", file=sys.stderr)
     _show(parser.flush(), part)

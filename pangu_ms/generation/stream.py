@@ -9,6 +9,7 @@ from pangu_ms.errors import PanguError
 from pangu_ms.generation.engine import Engine
 from pangu_ms.generation.request import check_request
 from pangu_ms.generation.sampling import Sampler, Sampling
+from pangu_ms.generation.text import TextStream
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Piece:
     """One generated token, and what had been spent when it came. Seconds include the compilation of a first call."""
 
     token_id: int
+    text: str | None  # that it adds; "" while a character or a stop string is unfinished; None without a tokenizer
     source: int  # 0: the model itself; d: the draft of depth d, accepted by it
     tokens_per_second: float  # of decoding
     cache_bytes: int  # of the tensors as they lie, spare capacity included
@@ -79,14 +81,16 @@ def decode(engine, sequences, logits):
         yield news
 
 
-def stream_generate(model, ids, max_new_tokens, *, sampling=None, num_draft_tokens=0, eos_token_ids=None,
-                    prefill_chunk=512, on_prefill=None):
+def stream_generate(model, ids, max_new_tokens, *, tokenizer=None, stop=(), sampling=None, num_draft_tokens=0,
+                    eos_token_ids=None, prefill_chunk=512, on_prefill=None):
     """Continue one sequence, a `Piece` at a time.
 
     Args:
         model (PanguForCausalLM):
         ids (list[int]): the prompt.
         max_new_tokens (int): at most this many pieces.
+        tokenizer (TextTokenizer): makes text of the ids, see `load_tokenizer`; default: none, and pieces have no text.
+        stop: strings that end the text, themselves left out; for a tokenizer.
         sampling (Sampling): default: greedy.
         num_draft_tokens (int): tokens that the MTP layers draft in each step, for the model to verify at once.
         eos_token_ids: ids that end the text, themselves yielded; default: eos_token_id of the config.
@@ -94,8 +98,11 @@ def stream_generate(model, ids, max_new_tokens, *, sampling=None, num_draft_toke
         on_prefill: called as on_prefill(done, total) after each chunk.
 
     Raises:
-        PanguError: see `check_request`; at the first piece.
+        PanguError: see `check_request`; an empty stop string, or any without a tokenizer; at the first piece.
     """
+    if stop and tokenizer is None:
+        raise PanguError(f"stop is {stop!r}, and there is no tokenizer to make text: give one or leave stop out")
+    text = tokenizer and TextStream(tokenizer, stop)
     sampling = sampling or Sampling()
     check_request(model.config, ids, max_new_tokens, num_draft_tokens)
     if prefill_chunk < 1:
@@ -110,12 +117,15 @@ def stream_generate(model, ids, max_new_tokens, *, sampling=None, num_draft_toke
     for step, (new,) in enumerate(decode(engine, [sequence], logits)):
         seconds = time.perf_counter() - prefilled
         drafted += step > 0
-        for token_id, source in new:
+        for i, (token_id, source) in enumerate(new, 1):
             if source:
                 accepted[source - 1] += 1
-            yield Piece(token_id, source, produced / seconds if produced else 0.0, engine.cache.bytes,
+            shown = text and text.push(token_id, last=sequence.ended and i == len(new))
+            yield Piece(token_id, shown, source, produced / seconds if produced else 0.0, engine.cache.bytes,
                         prefilled - started, seconds, len(ids), produced,
                         tuple(drafted.tolist()), tuple(accepted.tolist()))
+            if text and text.stopped:
+                return
             produced += 1
 
 

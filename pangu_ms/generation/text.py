@@ -72,25 +72,30 @@ class StreamDecoder:
         return self._decode(self._shown_ids + self._new_ids)[len(self._decode(self._shown_ids)):]
 
 
-def stream_text(pieces, tokenizer: TextTokenizer, stop_strings=()):
-    """The text of pieces as they come, ending at a stop string, which is left out.
+class TextStream:
+    """The text of ids that arrive one by one, ending at a stop string, which is left out.
 
-    Yields:
-        (piece, text): what may be shown once this piece is there; "" while it is held back. Text that no piece is left
-        to bring comes at the end, with None for the piece.
+    Attributes:
+        stopped (bool): the stop string is complete: no id may follow.
 
     Raises:
-        PanguError: a stop string is empty; at the first piece.
+        PanguError: a stop string is empty.
     """
-    decoder, stop = StreamDecoder(tokenizer), StopStrings(stop_strings)
-    for piece in pieces:
-        yield piece, stop.push(decoder.push(piece.token_id))
-        if stop.stopped:
-            return
-    rest = stop.push(decoder.flush())
-    rest += stop.flush()
-    if rest:
-        yield None, rest
+
+    def __init__(self, tokenizer: TextTokenizer, stop_strings=()):
+        self._decoder, self._stop = StreamDecoder(tokenizer), StopStrings(stop_strings)
+
+    def push(self, token_id: int, last: bool) -> str:
+        """What may be shown once this id is there; "" while it is held back; with the last id all that is left."""
+        text = self._stop.push(self._decoder.push(token_id))
+        if last and not self.stopped:
+            text += self._stop.push(self._decoder.flush())
+            text += self._stop.flush()
+        return text
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.stopped
 
 
 def tokenizer_file(directory) -> Path | None:

@@ -8,6 +8,7 @@ import pytest
 
 from pangu_ms.config import PanguConfig
 from pangu_ms.generation.request import check_request
+from pangu_ms.generation.text import TextStream
 
 
 @pytest.fixture
@@ -22,19 +23,24 @@ def engine(monkeypatch):
         calls.loaded = (directory, dtype, progress)
         return "model"
 
-    def stream_generate(model, ids, max_new_tokens, *, on_prefill, **options):
+    def stream_generate(model, ids, max_new_tokens, *, tokenizer, stop, on_prefill, **options):
         check_request(PanguConfig.from_pretrained(calls.loaded[0]), ids, max_new_tokens)
         calls.prompts.append(ids)
         calls.options = options
         for done in range(1, len(ids) + 1):
             on_prefill(done, len(ids))
-        for i, token_id in enumerate(calls.reply or range(ids[-1] + 1, ids[-1] + 1 + max_new_tokens)):
+        reply = calls.reply or range(ids[-1] + 1, ids[-1] + 1 + max_new_tokens)
+        text = tokenizer and TextStream(tokenizer, stop)
+        for i, token_id in enumerate(reply):
             if callable(token_id):
                 token_id()
-            else:
-                yield SimpleNamespace(token_id=token_id, source=0, tokens_per_second=4.0, cache_bytes=100 + i,
-                                      prefill_seconds=0.5, decode_seconds=0.25 * i, prefill_tokens=len(ids),
-                                      decode_tokens=i, drafted=(4, 2), accepted=(3, 0))
+                continue
+            shown = text and text.push(token_id, last=i + 1 == len(reply))
+            yield SimpleNamespace(token_id=token_id, text=shown, source=0, tokens_per_second=4.0, cache_bytes=100 + i,
+                                  prefill_seconds=0.5, decode_seconds=0.25 * i, prefill_tokens=len(ids),
+                                  decode_tokens=i, drafted=(4, 2), accepted=(3, 0))
+            if text and text.stopped:
+                return
 
     causal_lm, module = ModuleType("pangu_ms.model.causal_lm"), ModuleType("pangu_ms.generation.stream")
     causal_lm.PanguForCausalLM = SimpleNamespace(from_pretrained=from_pretrained)

@@ -2,14 +2,13 @@
 import json
 import random
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import sentencepiece
 import tokenizers
 
 from pangu_ms.errors import PanguError
-from pangu_ms.generation.text import StreamDecoder, load_tokenizer, stream_text, tokenizer_file
+from pangu_ms.generation.text import StreamDecoder, TextStream, load_tokenizer, tokenizer_file
 
 BOS, EOS = "<|start|>", "<|end|>"
 TEXTS = ["Hello world", "  two  spaces, a\nnewline\t", "naïve 日本語 한국어", "👩‍👩‍👧 and 🎉🎉", "12 345", "�", "", " "]
@@ -134,28 +133,34 @@ def test_vocab_size(directory, sentencepiece_directory):
     assert load_tokenizer(sentencepiece_directory).vocab_size == 310
 
 
-def test_stream_text_ends_at_a_stop_string(directory):
+def shown(tokenizer, text, stop_strings=(), cut=0):
+    """What each id of a text shows, up to the stop string."""
+    ids = tokenizer.encode(text)[1:]
+    ids = ids[:len(ids) - cut]
+    stream, parts = TextStream(tokenizer, stop_strings), []
+    for i, token_id in enumerate(ids, 1):
+        parts.append(stream.push(token_id, last=i == len(ids)))
+        if stream.stopped:
+            break
+    return parts
+
+
+def test_text_ends_at_a_stop_string(directory):
     tokenizer = load_tokenizer(directory)
-    pieces = [SimpleNamespace(token_id=i) for i in tokenizer.encode("Hello é wide world")]
-    asked = []
-    shown = list(stream_text((asked.append(piece) or piece for piece in pieces), tokenizer, ["wid"]))
-    assert "".join(text for _, text in shown) == "Hello é "
-    assert [piece for piece, _ in shown] == asked and len(asked) < len(pieces), "nothing is asked for behind the stop"
+    parts = shown(tokenizer, "Hello é wide world", ["wid"])
+    assert "".join(parts) == "Hello é " and "" in parts
+    assert len(parts) < len(shown(tokenizer, "Hello é wide world"))
 
 
-@pytest.mark.parametrize("text, stop_strings, rest", [("one wi", ["wid"], [(None, "wi")]), ("one", ["wid"], []),
-                                                      ("one", [], [])])
-def test_stream_text_gives_what_was_held_back(directory, text, stop_strings, rest):
-    tokenizer = load_tokenizer(directory)
-    pieces = [SimpleNamespace(token_id=i) for i in tokenizer.encode(text)]
-    shown = list(stream_text(pieces, tokenizer, stop_strings))
-    assert "".join(part for _, part in shown) == text and shown[len(pieces):] == rest
+@pytest.mark.parametrize("stop_strings, last", [(["wid"], "wi"), ([], "i")])
+def test_the_last_id_brings_what_was_held_back(directory, stop_strings, last):
+    parts = shown(load_tokenizer(directory), "one wi", stop_strings)
+    assert "".join(parts) == "one wi" and parts[-1] == last
 
 
-def test_stream_text_holds_back_both_halves_of_a_character_and_of_a_stop_string(directory):
-    tokenizer = load_tokenizer(directory)
-    pieces = [SimpleNamespace(token_id=i) for i in tokenizer.encode("a日")[:-1]]
-    assert list(stream_text(pieces, tokenizer, ["\ufffd!"]))[-1] == (None, "\ufffd")
+def test_the_last_id_brings_half_a_character_and_half_a_stop_string(directory):
+    parts = shown(load_tokenizer(directory), "a日", ["\ufffd!"], cut=1)
+    assert parts == ["a", "", "\ufffd"]
 
 
 def test_no_tokenizer_is_a_clear_error(data):
