@@ -42,8 +42,7 @@ class Sampler:
     """Chooses the tokens of one sequence, and knows what the sequence holds so far.
 
     Its random numbers depend on the seed alone, one for each token of the text: the same seed and prompt give the same
-    text in a batch of any size, at any row, and with and without drafts that are certain. Drafts drawn from a
-    distribution take more numbers: the text may differ, its distribution does not.
+    text in a batch of any size, at any row, and with and without drafts.
 
     Args:
         sampling (Sampling):
@@ -63,43 +62,26 @@ class Sampler:
         """The next token of plain decoding, from logits float32 [V]."""
         return self._draw(self.probabilities(logits, self._history))
 
-    def propose(self, logits, drafts=()):
-        """The next draft, from a draft head's logits float32 [V], behind the drafts before it in the same step.
-
-        Returns:
-            (token_id, q): q float64 [V] is the distribution that it was drawn from; None for the likeliest (greedy).
-        """
-        q = self.probabilities(logits, self._history.union(drafts))
-        return self._draw(q), q if self.sampling.temperature else None
-
-    def verify(self, target_logits, drafts, draft_probs=None):
+    def verify(self, target_logits, drafts):
         """How many of the drafts to keep, and the token behind them.
 
-        Draft i is kept with probability min(1, p / q); the first that is not is replaced by a token drawn from the
-        positive part of p - q; behind k kept ones comes a token of the last row. What comes out is distributed as
-        plain sampling would have it, whatever q is.
-
-        Where the drafts are certain, the same comes out of drawing the target's own token and comparing: the longest
-        prefix that agrees, then the token that does not.
+        The target's own token is drawn for each row, and the longest prefix of the drafts that agrees is kept: a draft
+        with the probability that it has in the target, and in its place, where it is refused, comes a token of the
+        same distribution without it. So the text is what plain sampling would have it, whatever the drafts are.
 
         Args:
             target_logits: float32 [1 + k, V]; row i has seen the drafts before i.
             drafts: k token ids.
-            draft_probs: float64 [k, V], what `propose` drew them from; None: each was certain, drawn from nothing.
 
         Returns:
             (accepted_count, next_token); the history is left alone.
         """
         history = set(self._history)
         for i, draft in enumerate(drafts):
-            p = self.probabilities(target_logits[i], history)
-            if draft_probs is None:
-                own = self._draw(p)
-                if own != draft:
-                    return i, own
-            elif not self._accepts(p[draft], draft_probs[i][draft]):
-                return i, self._draw(_residual(p, draft_probs[i]))
-            history.add(int(draft))
+            own = self._draw(self.probabilities(target_logits[i], history))
+            if own != draft:
+                return i, own
+            history.add(own)
         return len(drafts), self._draw(self.probabilities(target_logits[len(drafts)], history))
 
     def probabilities(self, logits, history):
@@ -128,9 +110,6 @@ class Sampler:
         p[p < sampling.min_p * p.max()] = 0
         return p / p.sum()
 
-    def _accepts(self, p, q):
-        return self._random.random() * q < p
-
     def _draw(self, weights):
         """An id drawn in proportion to weights [V], which need not sum to 1."""
         support = np.flatnonzero(weights)
@@ -156,12 +135,6 @@ def _top_p(p, share):
     keep = np.zeros(len(p), bool)
     keep[candidates[before < share]] = True
     return keep
-
-
-def _residual(p, q):
-    """What plain sampling still owes once a draft of q is refused: the positive part of p - q, [V]."""
-    left = np.maximum(p - q, 0)
-    return left if left.any() else p  # p and q can be the same but for rounding
 
 
 def _one_hot(token_id, size):

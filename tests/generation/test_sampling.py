@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 
 from pangu_ms.errors import PanguError
-from pangu_ms.generation import sampling as sampling_module
 from pangu_ms.generation.sampling import Sampler, Sampling
 
 # Probabilities 1/2, 1/4, 1/8, 1/16, 1/16 at temperature 1, in no order.
@@ -115,7 +114,7 @@ def test_sequences_do_not_disturb_each_other():
     assert together == [alone.choose(LOGITS) for _ in range(50)]
 
 
-def test_same_seed_same_tokens_with_certain_drafts():
+def test_same_seed_same_tokens_with_drafts():
     """Whatever the drafts are: the target draws for each token what it draws without them."""
     rows = np.random.default_rng(1).normal(0, 1, (8, 8)).astype(np.float32)  # logits by the token before
     plain, drafted = (Sampler(Sampling(temperature=1.0, repetition_penalty=1.2, seed=4), [0]) for _ in range(2))
@@ -147,23 +146,17 @@ def test_greedy_keeps_the_longest_prefix(drafts, wanted):
     assert Sampler(Sampling(), []).verify(rows, drafts) == wanted
 
 
-def test_greedy_proposal():
-    assert Sampler(Sampling(vocab_size=4), []).propose([0.0, 3.0, 3.0, 1.0, 9.0]) == (1, None)
-
-
 def test_penalty_sees_the_drafts_before():
     """The target would repeat token 1; with the penalty it takes token 2 behind a kept draft of 1."""
     rows = np.array([[0, 5, 4], [0, 5, 4]], np.float32)
     assert Sampler(Sampling(), []).verify(rows, [1]) == (1, 1)
     sampler = Sampler(Sampling(repetition_penalty=2.0), [])
     assert sampler.verify(rows, [1]) == (1, 2)
-    assert sampler.propose(rows[0])[0] == 1 and sampler.propose(rows[0], [1])[0] == 2
-    assert sampler.choose(rows[0]) == 1, "neither verifying nor proposing changes the history"
+    assert sampler.choose(rows[0]) == 1, "verifying does not change the history"
 
 
 SIZE, START, DRAWS = 12, 0, 20_000
-_random = np.random.default_rng(7)
-TARGET, DRAFT = _random.normal(0, 0.6, (2, SIZE, SIZE)).astype(np.float32)  # logits by the token before
+TARGET = np.random.default_rng(7).normal(0, 0.6, (SIZE, SIZE)).astype(np.float32)  # logits by the token before
 # Upper 1 % points of chi-square with 143 and 58 degrees of freedom.
 CRITICAL = {143: 185.26, 58: 85.95}
 SAMPLINGS = {
@@ -179,23 +172,7 @@ def two_tokens_plain(sampler):
 
 
 def two_tokens_drafted(sampler):
-    """Steps of up to two drafts until two tokens are there."""
-    tokens = [START]
-    while len(tokens) < 3:
-        chain, probs = tokens[-1:], []
-        for _ in range(2):
-            draft, q = sampler.propose(DRAFT[chain[-1]], chain[1:])
-            chain.append(draft)
-            probs.append(q)
-        count, token = sampler.verify(TARGET[chain], chain[1:], np.array(probs))
-        for new in [*chain[1:count + 1], token]:
-            sampler.accept(new)
-            tokens.append(new)
-    return tokens[1:3]
-
-
-def two_tokens_certain_drafts(sampler):
-    """The draft is always the token that follows by number, drawn from nothing."""
+    """The draft is the token that follows by number, until two tokens are there."""
     tokens = [START]
     while len(tokens) < 3:
         draft = (tokens[-1] + 1) % 10
@@ -223,19 +200,22 @@ def chi_square(two_tokens, fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("two_tokens", [two_tokens_plain, two_tokens_drafted, two_tokens_certain_drafts])
+@pytest.mark.parametrize("two_tokens", [two_tokens_plain, two_tokens_drafted])
 def test_distribution_is_that_of_plain_sampling(two_tokens, fields):
     found, freedom = chi_square(two_tokens, fields)
     assert found < CRITICAL[freedom]
 
 
+def draws_again(self, logits, drafts):
+    """A verification that draws the token behind a refused draft once more, the draft among what may come."""
+    own = self.choose(logits[0])
+    return (1, self.choose(logits[1])) if own == drafts[0] else (0, self.choose(logits[0]))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("owner, name, broken", [
-    (Sampler, "_accepts", lambda self, p, q: True),
-    (Sampler, "_accepts", lambda self, p, q: self._random.random() < p),
-    (sampling_module, "_residual", lambda p, q: p),
-], ids=["always accepting", "accepting with p", "refused drafts drawn again from p"])
-def test_distribution_shows_a_broken_rule(monkeypatch, owner, name, broken):
-    monkeypatch.setattr(owner, name, broken)
+@pytest.mark.parametrize("broken", [lambda self, logits, drafts: (1, self.choose(logits[1])), draws_again],
+                         ids=["always accepting", "drawing again"])
+def test_distribution_shows_a_broken_rule(monkeypatch, broken):
+    monkeypatch.setattr(Sampler, "verify", broken)
     found, freedom = chi_square(two_tokens_drafted, SAMPLINGS["temperature"])
     assert found > 2 * CRITICAL[freedom]
