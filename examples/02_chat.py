@@ -9,6 +9,7 @@ os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
 
 from pangu_ms import PanguForCausalLM, Sampling, stream_generate
 from pangu_ms.generation.chat import ChatTemplate, ReplyParser
+from pangu_ms.generation.continuation import Continuation
 from pangu_ms.generation.text import load_tokenizer
 
 QUESTIONS = ["What is the capital of Peru?", "And how many people live there?"]
@@ -29,11 +30,12 @@ def main():
     sampling = Sampling(temperature=0.7, top_p=0.95, seed=1, vocab_size=tokenizer.vocab_size)
 
     messages = [{"role": "system", "content": "Answer in one sentence."}]
+    continuation = Continuation()  # so that a turn computes what is new of its prompt, not the whole conversation
     for question in QUESTIONS:
         messages.append({"role": "user", "content": question})
         pieces = stream_generate(model, template.render(messages), arguments.max_new_tokens, tokenizer=tokenizer,
                                  sampling=sampling, num_draft_tokens=arguments.num_draft_tokens,
-                                 eos_token_ids=template.stop_token_ids)
+                                 eos_token_ids=template.stop_token_ids, continuation=continuation)
         parser, part = ReplyParser(), "user"
         print(f"[{part}] {question}", end="")
         for piece in pieces:

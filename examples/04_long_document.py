@@ -46,7 +46,7 @@ def main():
         engine.cache = before.copy()
         with tqdm(total=arguments.length, desc=f"needle {needle}", unit="token", initial=NEEDLE) as bar:
             logits.append(engine.prefill(document[:, NEEDLE:], arguments.chunk,
-                                         lambda done, _: bar.update(NEEDLE + done - bar.n))[0])
+                                         lambda length: bar.update(length - bar.n))[0])
     print(f"cache: {engine.cache.bytes:,} bytes, of which the windows and taps take the same at any length")
     difference = np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max()
     print(f"exchanging the needle changes the logits at the end by {difference:.2%} of the largest")

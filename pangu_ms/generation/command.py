@@ -13,6 +13,7 @@ from pangu_ms.config import COMPUTE_DTYPES, PanguConfig
 from pangu_ms.errors import PanguError, one_line
 from pangu_ms.generation.chat import ChatTemplate, ReplyParser
 from pangu_ms.generation.config_file import with_config
+from pangu_ms.generation.continuation import Continuation
 from pangu_ms.generation.interactive import converse, ctrl_c, show_reply
 from pangu_ms.generation.request import check_request, find_eos_token_ids
 from pangu_ms.generation.sampling import Sampling
@@ -125,6 +126,8 @@ def run(arguments: argparse.Namespace) -> None:
     model = pangu_ms.PanguForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype,
                                                       progress=sys.stderr.isatty())
 
+    continuation = Continuation() if ids is None else None
+
     def stream(ids):
         """The pieces that follow ids."""
         with (ctrl_c(),
@@ -132,7 +135,7 @@ def run(arguments: argparse.Namespace) -> None:
             for piece in pangu_ms.stream_generate(
                     model, ids, arguments.max_new_tokens, tokenizer=tokenizer, stop=arguments.stop, sampling=sampling,
                     num_draft_tokens=arguments.num_draft_tokens, eos_token_ids=eos_token_ids,
-                    on_prefill=lambda done, total: bar.update(done - bar.n)):
+                    on_prefill=lambda length: bar.update(length - bar.n), continuation=continuation):
                 bar.close()  # before the first output, so that the two do not mix on a terminal
                 yield piece
 

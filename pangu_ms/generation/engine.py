@@ -15,6 +15,11 @@ class Engine:
 
     Sequences may differ in length: each has its own in `cache.length`. `num_draft_tokens` above 0 prepares for
     `draft`, which costs the MTP layers' share of the cache and of the prefill.
+
+    Attributes:
+        cache (Cache):
+        whole (bool): the cache holds its `length` tokens of each sequence; not so while a step is under way, nor after
+            one that was cut short, which may have written over rows that the rings still need.
     """
 
     def __init__(self, model, batch=1, capacity=256, num_draft_tokens=0):
@@ -23,35 +28,50 @@ class Engine:
         plans = self.config.layers[:self.config.num_hidden_layers + self.depths]
         self.cache = Cache(self.config, plans, batch, capacity, self.config.compute_dtype, SLACK if self.drafts else 0)
         self.selects = any(plan.kind == "dsa" for plan in plans)
+        self.whole = True
 
     def prefill(self, ids, chunk=512, on_prefill=None):
         """Append ids int32 [B, T] to every sequence -> logits float32 [B, V] of their last token.
 
-        In chunks of at most `chunk` rows; `on_prefill(done, total)` is called after each.
+        In chunks of at most `chunk` rows; `on_prefill(length)` is called after each, with the length of the longest.
         """
-        done, total = 0, ids.shape[1]
+        done, total = 0, len(ids[0])
         ahead = np.pad(ids, ((0, 0), (0, self.depths)))                         # what a drafting step reads ahead
         while done < total:
             rows = self._rows(min(chunk, total - done))
             logits = self._step(ahead[:, done:done + rows + self.depths], rows, decode=False)
-            self.cache.length = self.cache.length + rows
+            self.keep(rows)
             done += rows
             if on_prefill is not None:
-                on_prefill(done, total)
+                on_prefill(int(self.cache.length.max()))
         return logits[:, -1]
 
     def decode(self, ids):
         """Append one token to each sequence, ids int32 [B, 1] -> logits float32 [B, V]."""
         logits = self.verify(ids)
-        self.cache.length = self.cache.length + 1
+        self.keep(1)
         return logits[:, -1]
 
     def verify(self, ids):
         """Logits float32 [B, T, V] of ids int32 [B, T] behind each sequence, which do not count as part of it yet.
 
-        The caller adds to `cache.length` as many as are to stay; the next step overwrites the others.
+        The caller says how many are to stay (`keep`); the next step overwrites the others.
         """
         return self._step(ids, ids.shape[1], decode=True)
+
+    def keep(self, count):
+        """The first `count` tokens of the last step, an int or int32 [B], become part of the sequences."""
+        self.cache.length = self.cache.length + count
+        self.whole = True
+
+    def step_back(self):
+        """Shorten the one sequence to where a prefill can go on, with tokens that were not known before -> its length.
+
+        A drafting engine computes the MTP layers' last rows anew, which have read guesses in their place; the rings
+        have room for that.
+        """
+        self.cache.length = np.maximum(self.cache.length - Draft.window(self.drafts, self.depths), 0)
+        return int(self.cache.length[0])
 
     def draft(self, texts):
         """Drafts int32 [B, num_draft_tokens] of what follows each text, and their logits float32 [B, drafts, V].
@@ -79,6 +99,7 @@ class Engine:
         return min(rows, max(1, CHUNK_BYTES // (self.cache.batch * max(gathered, scored))))
 
     def _step(self, ids, rows, decode):
+        self.whole = False
         end = int(self.cache.length.max()) + rows
         self.cache.reserve(end)
         sparse = self.selects and end > self.config.index_topk

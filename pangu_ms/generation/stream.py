@@ -23,7 +23,7 @@ class Piece:
     cache_bytes: int  # of the tensors as they lie, spare capacity included
     prefill_seconds: float
     decode_seconds: float
-    prefill_tokens: int
+    prefill_tokens: int  # computed, those that a continuation knows left out
     decode_tokens: int  # that came out of decoding: the first token comes out of the prefill
     drafted: tuple[int, ...]  # by depth
     accepted: tuple[int, ...]
@@ -77,12 +77,12 @@ def decode(engine, sequences, logits):
                         new.append((token_id, source))
                 kept[b] = len(new)
             news.append(new)
-        engine.cache.length = engine.cache.length + kept
+        engine.keep(kept)
         yield news
 
 
 def stream_generate(model, ids, max_new_tokens, *, tokenizer=None, stop=(), sampling=None, num_draft_tokens=0,
-                    eos_token_ids=None, prefill_chunk=512, on_prefill=None):
+                    eos_token_ids=None, prefill_chunk=512, on_prefill=None, continuation=None):
     """Continue one sequence, a `Piece` at a time.
 
     Args:
@@ -95,7 +95,9 @@ def stream_generate(model, ids, max_new_tokens, *, tokenizer=None, stop=(), samp
         num_draft_tokens (int): tokens that the MTP layers draft in each step, for the model to verify at once.
         eos_token_ids: ids that end the text, themselves yielded; default: eos_token_id of the config.
         prefill_chunk (int): rows of the prompt computed at once.
-        on_prefill: called as on_prefill(done, total) after each chunk.
+        on_prefill: called after each chunk as on_prefill(length): so many tokens of the prompt are done.
+        continuation (Continuation): of the calls before, with prompts that this one begins like; the text is the same
+            without it.
 
     Raises:
         PanguError: see `check_request`; an empty stop string, or any without a tokenizer; at the first piece.
@@ -110,23 +112,30 @@ def stream_generate(model, ids, max_new_tokens, *, tokenizer=None, stop=(), samp
     engine = Engine(model, num_draft_tokens=num_draft_tokens)
     sequence = Sequence(ids, Sampler(sampling, ids), max_new_tokens, _eos(model.config, eos_token_ids))
     started = time.perf_counter()
-    logits = engine.prefill(np.array([ids], np.int32), prefill_chunk, on_prefill)
+    if continuation is None:
+        logits, known = engine.prefill([ids], prefill_chunk, on_prefill), 0
+    else:
+        logits, known = continuation.prefill(engine, ids, prefill_chunk, on_prefill)
     prefilled = time.perf_counter()
     drafted, accepted = np.zeros(num_draft_tokens, int), np.zeros(num_draft_tokens, int)
     produced = 0
-    for step, (new,) in enumerate(decode(engine, [sequence], logits)):
-        seconds = time.perf_counter() - prefilled
-        drafted += step > 0
-        for i, (token_id, source) in enumerate(new, 1):
-            if source:
-                accepted[source - 1] += 1
-            shown = text and text.push(token_id, last=sequence.ended and i == len(new))
-            yield Piece(token_id, shown, source, produced / seconds if produced else 0.0, engine.cache.bytes,
-                        prefilled - started, seconds, len(ids), produced,
-                        tuple(drafted.tolist()), tuple(accepted.tolist()))
-            if text and text.stopped:
-                return
-            produced += 1
+    try:
+        for step, (new,) in enumerate(decode(engine, [sequence], logits)):
+            seconds = time.perf_counter() - prefilled
+            drafted += step > 0
+            for i, (token_id, source) in enumerate(new, 1):
+                if source:
+                    accepted[source - 1] += 1
+                shown = text and text.push(token_id, last=sequence.ended and i == len(new))
+                yield Piece(token_id, shown, source, produced / seconds if produced else 0.0, engine.cache.bytes,
+                            prefilled - started, seconds, len(ids) - known, produced,
+                            tuple(drafted.tolist()), tuple(accepted.tolist()))
+                if text and text.stopped:
+                    return
+                produced += 1
+    finally:
+        if continuation is not None:
+            continuation.keep(sequence.text)
 
 
 def generate(model, ids, max_new_tokens, **options):
@@ -146,7 +155,7 @@ def generate_batch(model, prompts, max_new_tokens, *, sampling=None, num_draft_t
         check_request(model.config, ids, max_new_tokens, num_draft_tokens)
     for ids in prompts:
         engine = Engine(model, num_draft_tokens=num_draft_tokens)
-        logits.append(engine.prefill(np.array([ids], np.int32), prefill_chunk)[0])
+        logits.append(engine.prefill([ids], prefill_chunk)[0])
         caches.append(engine.cache)
         sequences.append(Sequence(ids, Sampler(sampling, ids), max_new_tokens, _eos(model.config, eos_token_ids)))
     engine.cache = Cache.stack(caches)

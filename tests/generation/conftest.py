@@ -28,7 +28,7 @@ def engine(monkeypatch):
         calls.prompts.append(ids)
         calls.options = options
         for done in range(1, len(ids) + 1):
-            on_prefill(done, len(ids))
+            on_prefill(done)
         reply = calls.reply or range(ids[-1] + 1, ids[-1] + 1 + max_new_tokens)
         text = tokenizer and TextStream(tokenizer, stop)
         for i, token_id in enumerate(reply):
