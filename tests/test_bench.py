@@ -5,9 +5,11 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from bench_generate import beside, count_kernels, decode_bytes, lengths, memory_bandwidth, prefill_flop
+from bench_generate import (
+    beside, count_kernels, decode_bytes, draft_report, lengths, memory_bandwidth, prefill_flop, step_bytes)
 
 from pangu_ms.config import PanguConfig
 
@@ -38,6 +40,28 @@ def tiny(data):
 
 def test_decode_reads_every_active_weight_and_the_head(tiny):
     assert decode_bytes(tiny) == 4 * (LAYERS + HEAD) == 585_012
+
+
+def test_a_step_with_drafts_reads_the_experts_of_all_rows(tiny):
+    """3 of 8 experts a row. One draft: 2 rows verify, 2 rows draft; four with three layers: 5 rows, 7 rows, one more."""
+    expert = 3 * 20 * 48
+    mtp = EVERY_LAYER - 2 * (24 * 192 + 192 + 3 + 24) + 3 * 48 + 2 * 48 * 48 + 8 * 48 + 8 + expert
+    found = step_bytes(tiny, 1)
+    assert found["verify"] / 4 == pytest.approx(LAYERS + HEAD + 3 * expert * (8 * (1 - (5 / 8) ** 2) - 3))
+    assert found["draft"] / 4 == pytest.approx(HEAD + mtp + expert * 8 * (1 - (5 / 8) ** 2))
+    found = step_bytes(tiny, 4)
+    assert found["draft"] / 4 == pytest.approx(4 * (HEAD + mtp) + expert * (3 * 8 * (1 - (5 / 8) ** 7) + 3))
+    assert step_bytes(tiny, 0) == {"verify": decode_bytes(tiny), "draft": 0}
+
+
+def test_drafts_against_none():
+    def pieces(tokens, *seconds):
+        return [SimpleNamespace(decode_tokens=tokens, decode_seconds=s, drafted=(20, 20), accepted=(15, 5))
+                for s in seconds]
+    found = draft_report(pieces(40, 2.0, 1.0), pieces(40, 4.0, 2.5), 100.0, {"verify": 15.0, "draft": 5.0})
+    assert found == {"accepted": [0.75, 0.25], "tokens_per_step": 2.0, "speed_up": 2.5,
+                     "tokens_per_second_without": 16.0, "floor_bytes_per_step": {"verify": 15.0, "draft": 5.0},
+                     "floor_tokens_per_second": 10.0}
 
 
 def test_prefill_of_one_token(tiny):
@@ -143,7 +167,7 @@ def test_generate_on_tiny(data, tmp_path):
     """Contexts go past the 512 positions of tiny. Operators are the plain ones, so that their names are known."""
     picture = tmp_path / "contexts.png"
     done = bench("--model", data / "tiny", "--prompt-tokens", 12, "--new-tokens", 4, "--rounds", 1, "--threads", 1,
-                 "--contexts", "8,600", "--json", "--plot", picture)
+                 "--num-draft-tokens", 2, "--contexts", "8,600", "--json", "--plot", picture)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
 
@@ -158,6 +182,11 @@ def test_generate_on_tiny(data, tmp_path):
         assert 0 < speed["median"] <= speed["best"] < floor
         assert found[name]["share"] == pytest.approx(speed["best"] / floor)
 
+    drafts = found["drafts"]
+    assert len(drafts["accepted"]) == 2 and 1 <= drafts["tokens_per_step"] <= 3 and drafts["speed_up"] > 0
+    assert drafts["floor_tokens_per_second"] == pytest.approx(
+        machine["bytes_per_second"] / sum(drafts["floor_bytes_per_step"].values()) * drafts["tokens_per_step"])
+
     forms = {f"{step}_{form}" for step in ("prefill", "decode") for form in ("dense", "sparse")}
     assert found["compile_seconds"].keys() == forms
     assert all(seconds > 0 for seconds in found["compile_seconds"].values())
@@ -168,9 +197,9 @@ def test_generate_on_tiny(data, tmp_path):
     assert dense["in_layers"]["TopK"] == 3 and sparse["in_layers"]["TopK"] == 5  # three routers, two indexers
 
     assert found["peak_memory_bytes"] > 100 * 2 ** 20
-    growing, rings, taps = 2 * (32 + 20) * 4, 7 * 32 * 4, 2 * (32 + 24 + 36) * 4
-    assert found["cache_bytes"] == {"held": 256 * growing + 2 * rings + 4 * taps,       # the trunk's
-                                    "formula": 15 * growing + 5 * rings + 7 * taps}     # with three MTP layers
+    growing, ring, tap = 2 * (32 + 20) * 4, 32 * 4, (32 + 24 + 36) * 4
+    held = 256 * growing + 5 * (7 + 24) * ring + 7 * (2 + 24) * tap + 2 * 24 * 48 * 4   # with room to roll back
+    assert found["cache_bytes"] == {"held": held, "formula": 15 * growing + 5 * 7 * ring + 7 * 2 * tap}
     assert [(row["context"], row["capacity"]) for row in found["contexts"]] == [(8, 256), (600, 1024)]
     assert all(0 < row["best_seconds"] <= row["median_seconds"] for row in found["contexts"])
     assert picture.read_bytes().startswith(b"\x89PNG")

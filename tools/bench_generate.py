@@ -7,6 +7,8 @@ compiling   each form of the step (prefill and decode, dense and sparse attentio
 speed       prefill and decode tokens a second after a warm-up run of the same request, best and median of the rounds
 floor       what the machine would reach if reading the weights (decode) or multiplying with them (prefill) were all;
             `decode_bytes` and `prefill_flop` say what is counted
+drafts      with --num-draft-tokens: drafts accepted by depth, tokens for each step, the speed-up over decoding without
+            drafts, whose rounds take turns with the others, and the floor that `step_bytes` counts
 kernels     operators that one decode step launches, per layer of the trunk; `count_kernels` says what is counted
 memory      peak of the process up to the end of the rounds, compiling included; bytes of the cache, as held (spare
             capacity included) and by formula (exactly the tokens, MTP layers included)
@@ -30,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pangu_ms.checkpoint.names import parameters
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import PanguError
 from pangu_ms.generation.command import one_line
@@ -111,7 +114,7 @@ def measure(arguments: argparse.Namespace, config: PanguConfig, prompt: list[int
     say("compiling")
     compiled = compile_seconds(model, min(arguments.prompt_tokens, config.index_topk))
     say("prefill and decode")
-    pieces = generation_rounds(model, prompt, arguments)
+    pieces, plain = generation_rounds(model, prompt, arguments)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before measuring anything else takes memory
     say("the machine")
     bandwidth, rate = memory_bandwidth(arguments.threads), product_rate()
@@ -125,6 +128,7 @@ def measure(arguments: argparse.Namespace, config: PanguConfig, prompt: list[int
     prefill = [piece.prefill_tokens / piece.prefill_seconds for piece in pieces]
     decode = [piece.decode_tokens / piece.decode_seconds for piece in pieces]
     tokens = arguments.prompt_tokens + arguments.new_tokens - 1  # the last one is never fed back
+    drafts = draft_report(pieces, plain, bandwidth, step_bytes(config, arguments.num_draft_tokens)) if plain else None
     return {
         "model": arguments.model, "prompt_tokens": arguments.prompt_tokens, "new_tokens": arguments.new_tokens,
         "num_draft_tokens": arguments.num_draft_tokens, "rounds": arguments.rounds, "threads": arguments.threads,
@@ -132,6 +136,7 @@ def measure(arguments: argparse.Namespace, config: PanguConfig, prompt: list[int
         "compile_seconds": compiled,
         "prefill": {"floor_flop": flop} | beside(arguments.prompt_tokens * rate / flop, prefill),
         "decode": {"floor_bytes_per_token": weights} | beside(bandwidth / weights, decode),
+        "drafts": drafts,
         "kernels": kernels,
         "peak_memory_bytes": peak,
         "cache_bytes": {"held": pieces[-1].cache_bytes, "formula": cache_bytes(config, tokens)["total"]},
@@ -153,6 +158,43 @@ def decode_bytes(config: PanguConfig) -> int:
     a short context.
     """
     return FLOAT32_BYTES * config.parameter_count()["active"]["with_head"]
+
+
+def step_bytes(config: PanguConfig, drafts: int) -> dict[str, float]:
+    """Bytes of float32 weights that a step with drafts reads: verifying 1 + drafts rows, and drafting.
+
+    A matrix is read once for all rows. Of the routed experts those are counted that the rows reach if each chooses
+    evenly and for itself. Drafting runs the MTP layers, the last one once more for each draft that has no layer of its
+    own, and the head for each draft; their windows are a few rows, see `Draft`.
+    """
+    from pangu_ms.model.step import Draft
+
+    depths = min(drafts, config.num_nextn_predict_layers)
+    verify, draft = 0.0, 0.0
+    for parameter in parameters(config).values():
+        depth = parameter.plan.mtp_depth if parameter.plan else 0
+
+        def read(rows, parameter=parameter):
+            missed = (1 - config.num_experts_per_tok / config.n_routed_experts) ** rows
+            return parameter.count * (1 - missed if parameter.component == "expert" else 1)
+
+        if depth:
+            draft += read(Draft.window(drafts, depths)) if depth <= depths else 0
+            draft += (drafts - depths) * read(1) if depth == depths else 0
+        elif parameter.component != "embedding":
+            verify += read(1 + drafts)
+            draft += drafts * parameter.count if parameter.component == "head" else 0
+    return {"verify": FLOAT32_BYTES * verify, "draft": FLOAT32_BYTES * draft}
+
+
+def draft_report(pieces: list, plain: list, bandwidth: float, moved: dict[str, float]) -> dict:
+    """What drafts bring; `pieces` and `plain` are the last ones of each round, with and without."""
+    last, steps = pieces[-1], pieces[-1].drafted[0]
+    best, without = (max(piece.decode_tokens / piece.decode_seconds for piece in some) for some in (pieces, plain))
+    return {"accepted": [accepted / drafted for accepted, drafted in zip(last.accepted, last.drafted)],
+            "tokens_per_step": last.decode_tokens / steps, "speed_up": best / without,
+            "tokens_per_second_without": without, "floor_bytes_per_step": moved,
+            "floor_tokens_per_second": bandwidth / sum(moved.values()) * last.decode_tokens / steps}
 
 
 def prefill_flop(config: PanguConfig, tokens: int) -> int:
@@ -242,16 +284,17 @@ def timed_step(engine, step, start: int, width: int = 1) -> float:
     return timed(lambda: step(np.zeros((1, width), np.int32)))
 
 
-def generation_rounds(model, prompt: list[int], arguments: argparse.Namespace) -> list:
-    """The last piece of each round, which holds the round's times; a round before them warms up."""
+def generation_rounds(model, prompt: list[int], arguments: argparse.Namespace) -> tuple[list, list]:
+    """The last piece of each round, which holds the round's times, and with drafts the same without; a round before
+    them warms up."""
     from pangu_ms import stream_generate
 
-    found = []
+    found = {drafts: [] for drafts in (arguments.num_draft_tokens, 0)}
     for _ in range(1 + arguments.rounds):
-        *_, last = stream_generate(model, prompt, arguments.new_tokens, num_draft_tokens=arguments.num_draft_tokens,
-                                   eos_token_ids=())
-        found.append(last)
-    return found[1:]
+        for drafts, pieces in found.items():
+            *_, last = stream_generate(model, prompt, arguments.new_tokens, num_draft_tokens=drafts, eos_token_ids=())
+            pieces.append(last)
+    return found[arguments.num_draft_tokens][1:], found[0][1:] if arguments.num_draft_tokens else []
 
 
 def context_steps(model, contexts: list[int], rounds: int) -> list[dict]:
@@ -347,6 +390,13 @@ def report(found: dict) -> str:
                      f"{found[name]['share']:.1%} of the machine's {speed['floor']:,.1f}")
     lines.append(f"floors      {found['prefill']['floor_flop'] / 1e9:.3f} GFLOP for the prompt, "
                  f"{found['decode']['floor_bytes_per_token'] / 1e6:.3f} MB of weights for each new token")
+    if drafts := found["drafts"]:
+        shares = ", ".join(f"depth {depth} {share:.0%}" for depth, share in enumerate(drafts["accepted"], 1))
+        moved = drafts["floor_bytes_per_step"]
+        lines.append(f"drafts      accepted {shares}; {drafts['tokens_per_step']:.2f} tokens a step; "
+                     f"{drafts['speed_up']:.2f} times the {drafts['tokens_per_second_without']:,.1f} tokens/s without")
+        lines.append(f"            floor {drafts['floor_tokens_per_second']:,.1f} tokens/s: {moved['verify'] / 1e6:.3f} "
+                     f"MB of weights to verify, {moved['draft'] / 1e6:.3f} MB to draft")
     lines += [f"compiling   {name.replace('_', ', ')}: {seconds:.1f} s"
               for name, seconds in found["compile_seconds"].items()]
     for form, kernels in found["kernels"].items():
