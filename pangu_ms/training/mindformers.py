@@ -258,7 +258,7 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         network = super().create_network({**(default_args or {}), **own})
         recompute = self.config.recompute_config.recompute if self.config.recompute_config else False
         if type(recompute) is not bool:
-            raise ConfigError(f"recompute_config.recompute: found {recompute!r}, wanted True or False: all layers or none")
+            raise ConfigError(f"recompute_config.recompute: found {recompute!r}, wanted True or False")
         if recompute:
             for layer in _ours(network).training_forward.causal_lm.model.layers:
                 layer.recompute()
