@@ -1,18 +1,23 @@
 """What the MTP layers save: drafts accepted by depth, tokens for each step, speed with and without. Table and PNG.
 
-python examples/03_speculative_report.py [--model DIR] [--num-draft-tokens 3] [--plot speculative.png]
+python examples/03_speculative_report.py [--model DIR] [--texts FILE] [--num-draft-tokens 3] [--plot speculative.png]
 
-With the default, a checkpoint of random weights, next to nothing is accepted: its drafts are noise.
+Without --texts the prompts are from the standard library's source, which the default model, the toy, has seen. After
+`python examples/toy_corpus.py --output data`, --texts data/heldout.jsonl has files that it has not.
 """
 import argparse
+import json
 import os
 from pathlib import Path
 
 os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
 
-from pangu_ms import PanguForCausalLM, stream_generate
+from toy_corpus import library_files
 
-TINY = Path(__file__).parents[1] / "tests" / "data" / "tiny"
+from pangu_ms import PanguForCausalLM, stream_generate
+from pangu_ms.generation.text import load_tokenizer
+
+TOY = Path(__file__).parent / "toy"
 
 
 def measure(model, prompts, new_tokens, drafts):
@@ -25,6 +30,16 @@ def measure(model, prompts, new_tokens, drafts):
         drafted = [a + b for a, b in zip(drafted, last.drafted)]
         accepted = [a + b for a, b in zip(accepted, last.accepted)]
     return texts, tokens, seconds, drafted, accepted
+
+
+def read_prompts(path, tokenizer, count, length):
+    """The beginnings of the first texts of a JSONL file, or of the standard library's longest files."""
+    if path is None:
+        texts = sorted((text for _, text in library_files()), key=len)[-count:]
+    else:
+        with open(path, encoding="utf-8") as file:
+            texts = [json.loads(line)["text"] for line in file][:count]
+    return [tokenizer.encode(text)[:length] for text in texts]
 
 
 def plot(path, shares, speeds):
@@ -42,14 +57,18 @@ def plot(path, shares, speeds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=TINY, help="checkpoint directory (default: %(default)s)")
+    parser.add_argument("--model", default=TOY, help="checkpoint directory (default: %(default)s)")
+    parser.add_argument("--texts", help='JSONL file of {"text": ...}: the prompts are their beginnings')
+    parser.add_argument("--prompts", type=int, default=8, help="how many (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--num-draft-tokens", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--plot", default="speculative.png", help="PNG to write (default: %(default)s)")
     arguments = parser.parse_args()
 
     model = PanguForCausalLM.from_pretrained(arguments.model)
-    prompts = [list(range(first, first + 32)) for first in (5, 50, 100)]
+    prompts = read_prompts(arguments.texts, load_tokenizer(arguments.model), arguments.prompts,
+                           arguments.prompt_tokens)
     for drafts in (0, arguments.num_draft_tokens):  # compiles, so that nothing of it is measured
         measure(model, prompts[:1], 4, drafts)
     plain, tokens, plain_seconds, _, _ = measure(model, prompts, arguments.new_tokens, 0)
