@@ -1,6 +1,7 @@
 """The compiled forms for the CPU: C++ operators of `cpu/`, float32 alone, there when the library was built at install.
 
-Each stands in for a plain form: same arguments, same result up to rounding, and a compiled gradient or the plain form's.
+Each stands in for a plain form: same arguments, same result up to rounding. The gradient is compiled too
+(`gradients.py`), or the plain form's.
 PANGU_MS_COMPILED_OPS=0 in the environment turns them off.
 """
 import ctypes
@@ -32,7 +33,7 @@ def _library():
 
 
 def form(function, plain):
-    """The operator `function` of the library, with the arguments of `plain`, and its gradient where none is compiled."""
+    """The operator `function` of the library: the arguments of `plain`, and its gradient where none is compiled."""
     arguments, outputs = list(inspect.signature(plain).parameters), OUTPUTS.get(function, (ms.float32,))
     if function in BPROPS:
         bprop, gradients = BPROPS[function]

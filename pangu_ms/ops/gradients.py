@@ -1,7 +1,7 @@
 """The `bprop` of each compiled operator that has a compiled gradient.
 
 Each function takes the gradient operator, whose arguments are the operator's own and then the gradient of each output,
-and gives the function that MindSpore calls: (arguments ..., outputs, their gradients) -> one gradient for each argument.
+and gives the function that MindSpore calls: (arguments ..., outputs, their gradients) -> a gradient for each argument.
 Zeros stand for those that are constants of a model: whole numbers, masks, angles, scales. They are written out one by
 one because MindSpore counts parameters, and a loop over them would take it most of the time to compile a model.
 """

@@ -15,7 +15,7 @@ if not compiled.available():
 
 TOLERANCE = 1e-6  # of the largest value
 GRADIENT_TOLERANCE = 1e-5  # the same formula, but what adds up to nearly zero is summed in another order
-CONSTANTS = {"cos", "sin", "scale", "mask"}  # of a model: nobody asks for their gradients, and the compiled forms have none
+CONSTANTS = {"cos", "sin", "scale", "mask"}  # of a model: the compiled forms have no gradient for them
 ANY = np.random.default_rng(0)
 
 

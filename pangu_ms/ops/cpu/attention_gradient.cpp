@@ -33,7 +33,7 @@ OPERATOR(MaskedSoftmaxGradient) {
 
 ONE_SHAPE(MaskedSoftmaxGradient) { return shape_of(0, ndims, shapes); }
 
-// The queries of one sequence and one head, `step` floats from one to the next; `visible` [length, total].
+// One head of one sequence. Queries are q_step floats apart, their outputs' gradients y_step.
 struct Head {
     const float *q, *dy;                                // [length, width], [length, value]
     float* dq;
@@ -65,7 +65,8 @@ static void queries_gradient(const Head& h, int64_t first, int64_t count, const 
         multiply(columns_of(p + at, span), dy, rows, h.value, count, h.dvalues + row * h.value, h.value, true);
     for (int64_t t = 0; t < count; t++) softmax_gradient(p + t * span, scale, span, d + t * span, d + t * span);
     for (const auto& [at, row, rows] : parts) {
-        multiply(rows_of(d + at, span), rows_of(h.keys + row * h.width, h.width), count, h.width, rows, dq, h.q_step, at);
+        multiply(rows_of(d + at, span), rows_of(h.keys + row * h.width, h.width), count, h.width, rows, dq, h.q_step,
+                 at > 0);
         multiply(columns_of(d + at, span), q, rows, h.width, count, h.dkeys + row * h.width, h.width, true);
     }
 }
@@ -81,8 +82,9 @@ OPERATOR(ExpandedAttentionGradient) {
     const bool* visible = call.bools(3);
     const bool shared = call.dim(3, 0) == 1;
     float *dq = call.floats(7), *dsinks = call.floats(8), *dkeys = call.floats(9), *dkv_b = call.floats(10);
-    // Rows [B, total, D], sinks first, and their gradients; keys and values that they are multiplied out to, [B, total,
-    // heads * (nope + value)], which become gradients in place; gradients of the key part that the heads share, by head.
+    // Rows [B, total, D], sinks first, and their gradients; the keys and values that they are multiplied out to,
+    // [B, total, heads * (nope + value)], which become gradients in place; gradients of the key part that the heads
+    // share, by head.
     float *rows = scratch(OPERATOR_OWN, batch * total * (2 * dim + wide + heads * rope)),
           *drows = rows + batch * total * dim, *kv = drows + batch * total * dim, *drope = kv + batch * total * wide;
     for (int64_t b = 0; b < batch; b++) {

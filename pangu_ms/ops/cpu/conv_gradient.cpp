@@ -43,7 +43,8 @@ OPERATOR(ShortConvGradient) {
         }
     });
     std::fill(dpast, dpast + batch * before * channels, 0.0f);
-    for (int64_t row = 0; row < batch * before; row++) gather(row / before, row % before - before, dpast + row * channels);
+    for (int64_t row = 0; row < batch * before; row++)
+        gather(row / before, row % before - before, dpast + row * channels);
     for (int64_t c = 0; c < channels; c++)
         for (int64_t j = 0; j < width; j++) dweight[c * width + j] = sums[j * channels + c];
 }

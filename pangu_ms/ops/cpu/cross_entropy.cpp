@@ -38,7 +38,8 @@ OPERATOR(CrossEntropy) {
     parallel((total + ROWS - 1) / ROWS, [&](int64_t block) {
         const int64_t first = block * ROWS, count = std::min(ROWS, total - first);
         float *logits = scratch(WORK_OWN, count * (words + size)), *in = logits + count * words;
-        for (int64_t i = 0; i < count; i++) memcpy(in + i * size, hidden + counted[first + i] * size, size * sizeof(float));
+        for (int64_t i = 0; i < count; i++)
+            memcpy(in + i * size, hidden + counted[first + i] * size, size * sizeof(float));
         multiply(rows_of(in, size), columns_of(weight, size), count, words, size, logits, words);
         for (int64_t i = 0; i < count; i++) {
             const int64_t row = counted[first + i];
@@ -53,13 +54,14 @@ ONE_SHAPE(CrossEntropy) { return shape_of(2, ndims, shapes); }
 
 // The arguments of CrossEntropy, dloss [...] -> dhidden, dweight
 OPERATOR(CrossEntropyGradient) {
-    const int64_t words = call.dim(1, 0), size = call.dim(1, 1), rows = call.size(2), line = words + LANES;  // see below
+    const int64_t words = call.dim(1, 0), size = call.dim(1, 1), rows = call.size(2), line = words + LANES;
     const float *hidden = call.floats(0), *weight = call.floats(1), *mask = call.floats(3), *dloss = call.floats(4);
     const int32_t* labels = call.ints(2);
     float *dhidden = call.floats(5), *dweight = call.floats(6);
     const auto counted = counted_rows(mask, rows);
     const int64_t total = counted.size(), together = std::max<int64_t>(1, BLOCK / words / ROWS) * ROWS;
-    // Gradients of the logits; lines a power of 2 apart would fall into the same sets of the caches when read by column.
+    // Gradients of the logits, a little more than the words apart: lines a power of 2 apart would fall into the same
+    // sets of the caches when they are read by column.
     const int64_t most = std::min(together, total);
     float *dlogits = scratch(OPERATOR_OWN, most * (line + size)), *in = dlogits + most * line;
     std::fill(dhidden, dhidden + rows * size, 0.0f);

@@ -46,8 +46,8 @@ static void matrices_gradient(const Rows& r, int64_t hidden, int64_t width, int6
                               int64_t parts, float* dgate, float* dup, float* ddown) {
     const auto sums = [=](const float* a, int64_t rows, const float* b, int64_t columns, float* to) {  // a^T b
         const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
-        multiply(columns_of(a + first * rows + begin, rows), rows_of(b + first * columns, columns), end - begin, columns,
-                 last - first, to + begin * columns, columns);
+        multiply(columns_of(a + first * rows + begin, rows), rows_of(b + first * columns, columns), end - begin,
+                 columns, last - first, to + begin * columns, columns);
     };
     sums(r.dgate, width, r.x, hidden, dgate);
     sums(r.dup, width, r.x, hidden, dup);
@@ -68,7 +68,8 @@ OPERATOR(ExpertsGradient) {
     const Plan plan = by_expert(call.ints(1), pairs, experts, ROWS_TOGETHER);
     // Of each pair, in the order of the plan.
     float *rows_x = scratch(OPERATOR_OWN, pairs * (3 * hidden + 3 * width + 1)), *rows_dy = rows_x + pairs * hidden,
-          *rows_dx = rows_dy + pairs * hidden, *inner = rows_dx + pairs * hidden, *row_weights = inner + 3 * pairs * width;
+          *rows_dx = rows_dy + pairs * hidden, *inner = rows_dx + pairs * hidden,
+          *row_weights = inner + 3 * pairs * width;
     const Rows rows{rows_x, rows_dy, inner, inner + pairs * width, inner + 2 * pairs * width, rows_dx};
     parallel(plan.pieces.size(), [&](int64_t i) {
         const auto [e, first, last] = plan.pieces[i];
@@ -84,8 +85,8 @@ OPERATOR(ExpertsGradient) {
     });
     parallel(experts * PARTS, [&](int64_t item) {
         const int64_t e = item / PARTS;
-        matrices_gradient(rows, hidden, width, plan.start[e], plan.start[e + 1], item % PARTS, PARTS, dgate + e * matrix,
-                          dup + e * matrix, ddown + e * matrix);
+        matrices_gradient(rows, hidden, width, plan.start[e], plan.start[e + 1], item % PARTS, PARTS,
+                          dgate + e * matrix, dup + e * matrix, ddown + e * matrix);
     });
     std::vector<int64_t> place(pairs);
     for (int64_t at = 0; at < pairs; at++) place[plan.order[at]] = at;

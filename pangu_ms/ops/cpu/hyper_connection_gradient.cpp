@@ -1,5 +1,5 @@
-// Gradients of the residual of N streams: read, write, merge. Streams are [B, T, N, H]; the gradient of what an operator
-// gave follows its arguments.
+// Gradients of the residual of N streams: read, write, merge. Streams are [B, T, N, H]; the gradients of what an
+// operator gave follow its arguments.
 #include <algorithm>
 #include <vector>
 
@@ -8,9 +8,9 @@
 #include "matrix.h"
 
 // The part that read and merge share: gate values p = alpha m + beta, m = phi . normed streams.
-// Arguments 0 to 4 are streams, gamma, phi, alpha, beta, outputs from `out` on their gradients. `n` gates for each alpha
-// but the last, which has the rest. each(first, tokens, p, dp, dstreams) turns the values p [tokens, gates] of a block
-// into their gradients dp and writes into dstreams what reaches the streams past the gates.
+// Arguments 0 to 4 are streams, gamma, phi, alpha, beta, and their gradients are given from `out` on. Each alpha has N
+// gates but the last, which has the rest. each(first, tokens, p, dp, dstreams) turns the values p [tokens, gates] of a
+// block into their gradients dp and writes into dstreams what reaches the streams past the gates.
 template <class Each>
 static void gates_gradient(const Call& call, int out, int64_t gates, float eps, const Each& each) {
     const int64_t n = call.dim(0, 2), width = n * call.dim(0, 3), tokens = call.dim(0, 0) * call.dim(0, 1),
@@ -44,7 +44,8 @@ static void gates_gradient(const Call& call, int out, int64_t gates, float eps, 
             }
             const float pull = along / width * scale;
 #pragma omp simd
-            for (int64_t c = 0; c < width; c++) ds[t * width + c] += scale * (gamma[c] * dz[t * width + c] - pull * f[c]);
+            for (int64_t c = 0; c < width; c++)
+                ds[t * width + c] += scale * (gamma[c] * dz[t * width + c] - pull * f[c]);
         }
     });
     // dphi = gamma * s, dgamma = sum over gates of phi * s, where s = sum over tokens of dm * scale * streams.
@@ -87,7 +88,7 @@ static void weighted_sum_gradient(const float* p, const float* streams, const fl
     }
 }
 
-// Logits [n * n] and the gradient d [n * n] of what Sinkhorn makes of them -> d of the logits, for LANES tokens at once.
+// Logits [n * n] and the gradient d [n * n] of what Sinkhorn makes of them -> d of the logits, LANES tokens at once.
 // memory holds the matrix after each step, and one over each sum that the step divided by.
 static void sinkhorn_gradient(const Lanes* logits, int64_t n, int64_t rounds, Lanes* d, Lanes* memory) {
     const int64_t area = n * n, steps = 2 * rounds - 1, place = area + n;       // columns, rows, columns, ..., columns

@@ -1,5 +1,5 @@
-// Products of matrices that lie in memory in any direction, for gradients: C = A B or C += A B, by one thread or by all,
-// every sum always in the same order.
+// Products of matrices that lie in memory in any direction, for gradients: C = A B or C += A B, by one thread or by
+// all, every sum always in the same order.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -85,8 +85,8 @@ inline void multiply_tile(const Matrix& a, const float* packed, int64_t depth, i
     }
 }
 
-// C [rows, columns], its rows `line` apart, = A [rows, depth] B [depth, columns], or that added to C. By the thread that
-// calls.
+// C [rows, columns], its rows `line` apart, = A [rows, depth] B [depth, columns], or that added to C. By the thread
+// that calls.
 inline void multiply(const Matrix& a, const Matrix& b, int64_t rows, int64_t columns, int64_t depth, float* c,
                      int64_t line, bool add = false) {
     alignas(64) float packed[DEPTH * PAIR];

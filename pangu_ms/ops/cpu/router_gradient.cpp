@@ -15,7 +15,8 @@ OPERATOR(RouteGradient) {
             const float sum = choice.choose(logits + row * experts, bias, k), total = normalise ? sum : 1.0f;
             const float* d = dweights + row * k;
             float *to = dlogits + row * experts, along = 0;
-            for (int64_t i = 0; i < k && normalise; i++) along += d[i] * scale[i] * choice.score[choice.order[i]] / total;
+            for (int64_t i = 0; i < k && normalise; i++)
+                along += d[i] * scale[i] * choice.score[choice.order[i]] / total;
             std::fill(to, to + experts, 0.0f);
             for (int64_t i = 0; i < k; i++) {
                 const float score = choice.score[choice.order[i]];

@@ -1,5 +1,5 @@
-// Sums over rows for the gradients of parameters: in chunks of a fixed size, added up in order, so that they have the same
-// bits with any number of threads.
+// Sums over rows for the gradients of parameters: in chunks of a fixed size, added up in order, so that they have the
+// same bits with any number of threads.
 #pragma once
 #include <algorithm>
 #include <cstdint>
