@@ -4,7 +4,7 @@ installed := .venv/installed
 .PHONY: demo test
 
 demo: $(installed)
-	.venv/bin/python examples/01_generate.py
+	.venv/bin/python examples/06_toy_demo.py
 
 test: $(installed)
 	.venv/bin/python -m pytest
