@@ -395,8 +395,8 @@ def report(found: dict) -> str:
         moved = drafts["floor_bytes_per_step"]
         lines.append(f"drafts      accepted {shares}; {drafts['tokens_per_step']:.2f} tokens a step; "
                      f"{drafts['speed_up']:.2f} times the {drafts['tokens_per_second_without']:,.1f} tokens/s without")
-        lines.append(f"            floor {drafts['floor_tokens_per_second']:,.1f} tokens/s: {moved['verify'] / 1e6:.3f} "
-                     f"MB of weights to verify, {moved['draft'] / 1e6:.3f} MB to draft")
+        lines.append(f"            floor {drafts['floor_tokens_per_second']:,.1f} tokens/s: "
+                     f"{moved['verify'] / 1e6:.3f} MB of weights to verify, {moved['draft'] / 1e6:.3f} MB to draft")
     lines += [f"compiling   {name.replace('_', ', ')}: {seconds:.1f} s"
               for name, seconds in found["compile_seconds"].items()]
     for form, kernels in found["kernels"].items():

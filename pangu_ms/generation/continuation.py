@@ -1,4 +1,4 @@
-"""From one prompt to the next that begins like it, as in a conversation: what is known of a text is not computed again."""
+"""From one prompt to the next that begins like it, as in a conversation: what is known is not computed again."""
 
 # Tokens at the end of a prompt that ask for the reply, at most: once it has come, a chat template may write others in
 # their place, as it leaves out the reasoning of earlier replies.

@@ -103,7 +103,7 @@ class Engine:
         end = int(self.cache.length.max()) + rows
         self.cache.reserve(end)
         sparse = self.selects and end > self.config.index_topk
-        step = self.model.function(Step, self.cache.batch, decode, sparse, self.drafts > 0)
+        step = self.model.function(Step, self.cache.batch, rows if decode else None, sparse, self.drafts > 0)
         starts = ms.Tensor(np.ascontiguousarray(self.cache.length[:, None], np.int32))
         logits = step(ms.Tensor(np.ascontiguousarray(ids, np.int32)), starts, ms.mutable(self.cache.tensors))
         return logits.asnumpy()

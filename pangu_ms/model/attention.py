@@ -11,8 +11,8 @@ from pangu_ms.model.conv import ShortConv
 from pangu_ms.model.indexer import Indexer
 from pangu_ms.model.linear import Linear, parameter
 from pangu_ms.model.norm import RMSNorm
-from pangu_ms.model.rows import with_sinks
 from pangu_ms.ops import operator
+from pangu_ms.ops.attention import with_sinks
 from pangu_ms.ops.portable import MASKED
 
 
@@ -23,6 +23,7 @@ class Attention(nn.Cell):
         super().__init__()
         self.heads, self.nope, self.rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent, self.topk, self.sinks = config.kv_lora_rank, config.index_topk, config.param_sink_number
+        self.window = plan.window or 0
         self.windowed, self.dsa = plan.window is not None, plan.kind == "dsa"
         self.visible, self.order, self.slot = (f"{what}_{plan.window}" for what in ("visible", "order", "slot"))
         hidden, q_rank, out = config.hidden_size, config.q_lora_rank, self.heads * config.v_head_dim
@@ -46,6 +47,8 @@ class Attention(nn.Cell):
         self.remember = operator("remember", config.compute_dtype)
         self.absorbed = operator("absorbed_attention", config.compute_dtype)
         self.expanded = operator("expanded_attention", config.compute_dtype)
+        self.query, self.row, self.attend, self.output = (
+            operator(f"decoding_{what}", config.compute_dtype) for what in ("query", "row", "attention", "output"))
 
     def construct(self, x, rows, memory):
         """x [B, T, H], normed -> y [B, T, H], and for DSA without a cache what the indexer did.
@@ -55,6 +58,8 @@ class Attention(nn.Cell):
 
         memory: None, or this layer's tensors (latent, q taps, kv taps, o taps[, indexer keys]), updated in place.
         """
+        if rows["decode"]:
+            return self._decode(x, rows, memory), ()
         q_latent, q, row = self._project(x, rows, memory)
         index = ()
         if memory is None:
@@ -66,7 +71,7 @@ class Attention(nn.Cell):
                 if rows["sparse"]:
                     visible = with_sinks(selected, self.sinks)
         elif self.windowed:
-            past = self.remember(memory[LATENT], row, rows[self.order], rows[self.slot], rows["decode"])
+            past = self.remember(memory[LATENT], row, rows[self.order], rows[self.slot], False)
             keys, visible = ops.cat((past, row), 1), rows[self.visible]
         else:
             cached = ops.reshape(grow(memory[LATENT], row, rows["slot"]), (x.shape[0], -1, self.latent + self.rope))
@@ -80,10 +85,33 @@ class Attention(nn.Cell):
                     keys = _gather_rows(cached, chosen)                         # [B, T, K, D]
                     # A query with fewer earlier rows than K is given masked ones too: they stay masked.
                     visible = with_sinks(chosen <= ops.expand_dims(rows["position"], 2), self.sinks)
-        attend = self.absorbed if rows["decode"] or keys.ndim == 4 else self.expanded
+        attend = self.absorbed if keys.ndim == 4 else self.expanded
         out = attend(q, self.sink_rows(), keys, visible, self.kv_b_proj.weight, self.scale)    # [B, T, heads * value]
         out = self.o_conv(out, self._past(out, memory, O_TAPS, rows), rows["conv_open"])
         return self.o_proj(out), index
+
+    def _decode(self, x, rows, memory):
+        """The same for few tokens and their cache, by operators that take several of these steps at once -> y."""
+        position, cos, sin, eps = rows["position"], rows["cos"], rows["sin"], self.kv_a_layernorm.eps
+        q_latent, q = self.query(x, self.q_a_proj.weight, memory[Q_TAPS], self.qa_conv.weight,
+                                 self.q_a_layernorm.weight, self.q_b_proj.weight, position, cos, sin, self.nope, eps)
+        row = self.row(x, self.kv_a_proj_with_mqa.weight, memory[KV_TAPS], self.compresskv_conv.weight,
+                       self.kv_a_layernorm.weight, memory[LATENT], position, cos, sin, eps)
+        kept = ops.depend(memory[LATENT], row)
+        if self.dsa:
+            index = self.indexer.keys(x, rows)
+            index = ops.reshape(grow(memory[INDEX_KEYS], index, rows["slot"]), (x.shape[0], -1, index.shape[-1]))
+            if rows["sparse"]:
+                chosen = self.top_k(self._masked_scores(x, q_latent, index, rows), self.topk)
+                visible = with_sinks(chosen <= ops.expand_dims(position, 2), self.sinks)
+                q = ops.reshape(q, (x.shape[0], -1, self.heads, self.nope + self.rope))
+                keys = _gather_rows(ops.reshape(kept, (x.shape[0], -1, self.latent + self.rope)), chosen)
+                out = self.absorbed(q, self.sink_rows(), keys, visible, self.kv_b_proj.weight, self.scale)
+                return self.output(out, memory[O_TAPS], self.o_conv.weight, self.o_proj.weight, position)
+            kept = ops.depend(kept, index)                                      # a write nobody uses is dropped
+        return self.attend(q, self.param_sink_compressed_kv, self.param_sink_k_pe, self.kv_a_layernorm.weight, kept,
+                           self.kv_b_proj.weight, memory[O_TAPS], self.o_conv.weight, self.o_proj.weight, position,
+                           self.window, self.scale, eps)
 
     def _project(self, x, rows, memory):
         """-> q_latent [B, T, q_lora_rank], q [B, T, heads, nope + rope], the new latent rows [B, T, D]."""
@@ -102,7 +130,7 @@ class Attention(nn.Cell):
         """The convolution inputs before this call: from the taps, or zeros, which the start rule never lets in."""
         if memory is None:
             return ops.zeros((new.shape[0], self.qa_conv.width - 1, new.shape[2]), new.dtype)
-        return self.remember(memory[site], new, rows["tap_order"], rows["tap_slot"], rows["decode"])
+        return self.remember(memory[site], new, rows["tap_order"], rows["tap_slot"], False)
 
     def sink_rows(self):
         """[sinks, latent + rope]: normed like every latent row, never convolved, never rotated."""

@@ -25,8 +25,11 @@ class HyperConnection(nn.Cell):
 
     def construct(self, streams):
         """streams [B, T, N, H] -> input [B, T, H], post [B, T, N, 1], mix [B, T, N (from), N (to)]."""
-        return self.read(streams, self.norm_gamma, self.phi.weight, self.branch_alpha, self.branch_beta, self.eps,
-                         self.rounds)
+        return self.read(streams, *self.parameters())
+
+    def parameters(self):
+        """What an operator that reads is given besides the streams."""
+        return self.norm_gamma, self.phi.weight, self.branch_alpha, self.branch_beta, self.eps, self.rounds
 
     def write(self, y, post, mix, streams):
         """New stream j = post[j] * y + sum_i mix[i, j] * streams[i]. y [B, T, H] -> [B, T, N, H]."""

@@ -22,12 +22,10 @@ class Experts(nn.Cell):
         self.gate_proj = Stack(count, hidden, width, config)
         self.up_proj = Stack(count, hidden, width, config)
         self.down_proj = Stack(count, width, hidden, config)
-        self.few_tokens = operator("few_tokens", config.compute_dtype)
         self.many_tokens = operator("many_tokens", config.compute_dtype)
 
-    def construct(self, x, ids, weights, decode):
-        product = self.few_tokens if decode else self.many_tokens
-        return product(x, ids, weights, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+    def construct(self, x, ids, weights):
+        return self.many_tokens(x, ids, weights, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
 
 class MoE(nn.Cell):
@@ -40,9 +38,20 @@ class MoE(nn.Cell):
         self.experts = Experts(config)
         self.shared_experts = FeedForward(config.moe_intermediate_size * config.n_shared_experts, config)
         self.route = operator("route", ms.float32)
+        self.decoding = operator("decoding_experts", config.compute_dtype)
 
     def construct(self, x, decode):
-        """x [B, T, H] -> y [B, T, H], and the routing: expert ids int32 and weights [B, T, K], logits [B, T, E]."""
+        """x [B, T, H] -> y [B, T, H], and the routing: expert ids int32 and weights [B, T, K], logits [B, T, E].
+
+        Decoding hands out no logits.
+        """
+        if decode:
+            experts, shared = self.experts, self.shared_experts
+            y, ids, weights = self.decoding(
+                x, self.gate.weight, self.e_score_correction_bias, self.scale, self.normalise,
+                experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight,
+                shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
+            return y, (ids, weights)
         logits = self.gate(ops.cast(x, ms.float32))                             # [B, T, E]
         ids, weights = self.route(logits, self.e_score_correction_bias, self.scale, self.normalise)
-        return self.experts(x, ids, weights, decode) + self.shared_experts(x), (ids, weights, logits)
+        return self.experts(x, ids, weights) + self.shared_experts(x), (ids, weights, logits)

@@ -9,6 +9,7 @@ from mindspore import nn, ops
 
 from pangu_ms.cache import growing_slots, ring_order, ring_slots
 from pangu_ms.model.rope import RotaryAngles
+from pangu_ms.ops.attention import with_sinks
 
 
 class Rows(nn.Cell):
@@ -18,7 +19,8 @@ class Rows(nn.Cell):
     convolutions; "causal" bool [B, T, S] for layers that see the whole context; f"visible_{window}" (and
     "visible_None") bool [B, T, 1, sinks + S], what attention may see, the sinks always; with a cache also the slots and
     orders of its tensors; and the constants "decode" and "sparse" of the compiled function. Sparse: DSA layers see what
-    their indexer selects, otherwise all there is.
+    their indexer selects, otherwise all there is. Decoding reads the first few alone: its operators find places by
+    position, and what nobody reads is dropped when the graph is compiled.
     """
 
     def __init__(self, config, plans, slack=0):
@@ -45,13 +47,13 @@ class Rows(nn.Cell):
         else:
             rows["causal"] = self._within(at - ops.arange(capacity, dtype=ms.int32), at, None)
             rows["slot"] = growing_slots(position, capacity)
-            rows["tap_order"], rows["tap_slot"] = self._ring(position, self.taps + self.slack, decode)
+            rows["tap_order"], rows["tap_slot"] = self._ring(position, self.taps + self.slack)
             for window, key in zip(self.windows, self.keys):
                 size = window + self.slack
                 # The keys are the ring's rows in order, then the new ones.
                 distance = ops.expand_dims(row, 1) + size - ops.arange(length + size, dtype=ms.int32)
                 rows["visible" + key] = with_sinks(self._within(distance, at, window), self.sinks)
-                rows["order" + key], rows["slot" + key] = self._ring(position, size, decode)
+                rows["order" + key], rows["slot" + key] = self._ring(position, size)
         rows["visible_None"] = with_sinks(rows["causal"], self.sinks)
         return rows
 
@@ -60,14 +62,8 @@ class Rows(nn.Cell):
         inside = ops.logical_and(distance >= 0, distance <= at)
         return inside if window is None else ops.logical_and(inside, distance < window)
 
-    def _ring(self, position, size, decode):
-        return ring_order(position, size), ring_slots(position, size, decode)
-
-
-def with_sinks(visible, sinks):
-    """bool [B, T, S] -> [B, T, 1, sinks + S]: the sinks, in front of the keys, are seen by every query."""
-    always = ops.ones(visible.shape[:2] + (sinks,), visible.dtype)
-    return ops.expand_dims(ops.cat((always, visible), 2), 2)
+    def _ring(self, position, size):
+        return ring_order(position, size), ring_slots(position, size, False)
 
 
 def positions(ids):

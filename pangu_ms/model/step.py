@@ -10,14 +10,19 @@ from pangu_ms.model.rows import Rows
 # slots from the end of the ring: 24 keeps them apart in the smallest ring (k - 1 taps) for 8 drafts of 3 layers.
 SLACK = 24
 
+# MindSpore's phase of inference. A cell in it goes straight to its compiled graph from the second call on; any other
+# compares all arguments and walks all sub-cells each time. `set_inputs` makes one graph serve every call.
+ONE_GRAPH = "increment"
+
 
 class Step(nn.Cell):
     """T more tokens through the trunk: one function for a prefill chunk, for decoding, for verifying drafts.
 
     Args of the cell:
         batch: sequences at once.
-        decode: few new rows: absorbed attention, experts gathered by token, logits of every row. Otherwise any number:
-            expanded attention, experts in blocks, logits of the last row alone.
+        length: of decoding, T, few tokens: absorbed attention, experts gathered by token, logits of every row. None: a
+            prefill, of any T: expanded attention, experts in blocks, logits of the last row alone. An open T would cost
+            decoding more than its work: MindSpore then works out every shape anew in each call.
         sparse: DSA layers select `index_topk` rows. To be used once the context, new rows included, is longer than
             that; before, selecting is the same as taking all.
         drafting: the cache has SLACK and the MTP layers: hidden rows are kept, and a prefill runs the MTP layers too.
@@ -28,17 +33,17 @@ class Step(nn.Cell):
     computes their rows anew.
     """
 
-    def __init__(self, causal_lm, batch, decode, sparse, drafting=False):
+    def __init__(self, causal_lm, batch, length, sparse, drafting=False):
         super().__init__(auto_prefix=False)  # the parameters keep the names they have in the model
         self.causal_lm = causal_lm
         config, slack = causal_lm.config, SLACK if drafting else 0
         self.plans = config.layers if drafting else config.layers[:config.num_hidden_layers]
         self.rows = Rows(config, self.plans, slack)
-        self.decode, self.sparse, self.drafting = decode, sparse, drafting
-        self.depths = config.num_nextn_predict_layers if drafting and not decode else 0
+        self.decode, self.sparse, self.drafting = length is not None, sparse, drafting
+        self.depths = config.num_nextn_predict_layers if drafting and not self.decode else 0
         # A layer whose tensors tell the capacity; when every layer has a window, nothing needs it.
         self.growing = next((i for i, plan in enumerate(self.plans) if plan.window is None), None)
-        length = 1 if decode and not drafting else None
+        self.phase = ONE_GRAPH
         self.set_inputs(ms.Tensor(shape=[batch, length], dtype=ms.int32), ms.Tensor(shape=[batch, 1], dtype=ms.int32),
                         memory_shapes(config, self.plans, batch, slack))
 
@@ -84,6 +89,7 @@ class Draft(nn.Cell):
         self.depths = min(drafts, config.num_nextn_predict_layers)
         self.repeats = drafts - self.depths                                     # of the last layer, on its own output
         self.rows = Rows(config, config.layers[self.trunk:], SLACK)
+        self.phase = ONE_GRAPH
         self.set_inputs(ms.Tensor(shape=[batch, Draft.window(drafts, self.depths)], dtype=ms.int32),
                         ms.Tensor(shape=[batch, 1], dtype=ms.int32),
                         memory_shapes(config, config.layers, batch, SLACK))

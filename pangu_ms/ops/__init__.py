@@ -7,7 +7,8 @@ import mindspore as ms
 from mindspore import context
 
 from pangu_ms import cache
-from pangu_ms.ops import ascend, attention, compiled, cross_entropy, experts, hyper_connection, portable, router
+from pangu_ms.ops import (ascend, attention, compiled, cross_entropy, decoding, experts, hyper_connection, portable,
+                          router)
 
 _SMALL = {
     # operator: (portable form, Ascend form, compiled form)
@@ -36,6 +37,14 @@ _COMPOSED = {
     "many_tokens": (experts.many_tokens, "Experts"),
     "feed_forward": (experts.feed_forward, "FeedForward"),
     "cross_entropy": (cross_entropy.cross_entropy, "CrossEntropy"),
+    "decoding_query": (decoding.query, "DecodingQuery"),
+    "decoding_row": (decoding.row, "DecodingRow"),
+    "decoding_attention": (decoding.attention, "DecodingAttention"),
+    "decoding_output": (decoding.output, "DecodingOutput"),
+    "decoding_read": (decoding.read, "DecodingRead"),
+    "decoding_write": (decoding.write, "DecodingWrite"),
+    "decoding_turn": (decoding.turn, "DecodingTurn"),
+    "decoding_experts": (decoding.experts, "DecodingExperts"),
 }
 
 

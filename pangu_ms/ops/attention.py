@@ -102,6 +102,12 @@ def _latent_score(q, keys, kv_b):
     return ops.BatchMatMul(transpose_b=True)(ops.reshape(q, (keys.shape[0], -1, keys.shape[-1])), keys)
 
 
+def with_sinks(visible, sinks):
+    """bool [B, T, S] -> [B, T, 1, sinks + S]: the sinks, in front of the keys, are seen by every query."""
+    always = ops.ones(visible.shape[:2] + (sinks,), visible.dtype)
+    return ops.expand_dims(ops.cat((always, visible), 2), 2)
+
+
 def _by_head(product, x, weight):
     """x [B, T, heads, I] by one matrix for each head -> [B, T, heads, O]."""
     b, _, heads, width = x.shape

@@ -2,8 +2,8 @@
 import mindspore as ms
 from mindspore import nn, ops
 
-from pangu_ms.model.rows import with_sinks
 from pangu_ms.ops import operator
+from pangu_ms.ops.attention import with_sinks
 
 QUERIES = 128  # of the indexer's loss at once
 UNSEEN = -1e30  # finite, unlike the attention's mask: here it is multiplied by a probability of zero

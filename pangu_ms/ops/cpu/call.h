@@ -46,7 +46,8 @@ using Shape = std::vector<int64_t>;
     }                                                                                                         \
     static void Name##_run(const Call& call)
 
-// Shapes of the outputs from those of the inputs; -1 stands for a dimension that is not known yet.
+// Shapes of the outputs from those of the inputs; -1 stands for a dimension that is not known yet. Scalar inputs are
+// not among them, which therefore come last.
 #define ONE_SHAPE(Name) extern "C" Shape Name##InferShape(int* ndims, int64_t** shapes, void*)
 #define MANY_SHAPES(Name) extern "C" std::vector<Shape> Name##InferShape(int* ndims, int64_t** shapes, void*)
 

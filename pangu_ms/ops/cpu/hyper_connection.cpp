@@ -37,6 +37,33 @@ static void sinkhorn(const float* logits, int64_t n, int64_t rounds, float* a) {
     }
 }
 
+// One token's products [N*(N+2)], which are overwritten, and streams -> x [H], post [N], mix [N, N].
+static void read_token(float* m, const float* streams, const float* alpha, const float* beta, int64_t n, int64_t hidden,
+                       int64_t rounds, float* x, float* post, float* mix) {
+    for (int64_t g = 0; g < n * (n + 2); g++) m[g] = m[g] * alpha[std::min<int64_t>(g / n, 2)] + beta[g];
+    for (int64_t i = 0; i < n; i++) {
+        m[i] = sigmoid(m[i]) + GATE_EPS;
+        post[i] = 2 * sigmoid(m[n + i]);
+    }
+    weighted_sum(m, streams, n, hidden, x);
+    sinkhorn(m + 2 * n, n, rounds, mix);
+}
+
+// out[j] = post[j] * y + sum_i mix[i, j] * streams[i]
+static void write_token(const float* y, const float* post, const float* mix, const float* streams, int64_t n,
+                        int64_t hidden, float* out) {
+    for (int64_t j = 0; j < n; j++) {
+        float* to = out + j * hidden;
+#pragma omp simd
+        for (int64_t h = 0; h < hidden; h++) to[h] = post[j] * y[h];
+        for (int64_t i = 0; i < n; i++) {
+            const float part = mix[i * n + j];
+#pragma omp simd
+            for (int64_t h = 0; h < hidden; h++) to[h] += part * streams[i * hidden + h];
+        }
+    }
+}
+
 // streams, gamma [N*H], phi [N*(N+2), N*H], alpha [3], beta [N*(N+2)], eps, rounds
 // -> x [B, T, H], post [B, T, N, 1], mix [B, T, N, N]
 OPERATOR(HyperConnectionRead) {
@@ -48,16 +75,9 @@ OPERATOR(HyperConnectionRead) {
     by_block(call.dim(0, 0) * call.dim(0, 1), [=](int64_t first, int64_t tokens) {
         std::vector<float> products(tokens * gates);
         gate_products(streams + first * width, tokens, width, gamma, phi, gates, eps, products.data());
-        for (int64_t t = 0; t < tokens; t++) {
-            float* m = products.data() + t * gates;
-            for (int64_t g = 0; g < gates; g++) m[g] = m[g] * alpha[std::min<int64_t>(g / n, 2)] + beta[g];
-            for (int64_t i = 0; i < n; i++) {
-                m[i] = sigmoid(m[i]) + GATE_EPS;
-                post[(first + t) * n + i] = 2 * sigmoid(m[n + i]);
-            }
-            weighted_sum(m, streams + (first + t) * width, n, hidden, x + (first + t) * hidden);
-            sinkhorn(m + 2 * n, n, rounds, mix + (first + t) * n * n);
-        }
+        for (int64_t t = first; t < first + tokens; t++)
+            read_token(products.data() + (t - first) * gates, streams + t * width, alpha, beta, n, hidden, rounds,
+                       x + t * hidden, post + t * n, mix + t * n * n);
     });
 }
 
@@ -74,18 +94,7 @@ OPERATOR(HyperConnectionWrite) {
     float* out = call.floats(4);
     in_chunks(call.dim(3, 0) * call.dim(3, 1), n * width, [=](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; t++)
-            for (int64_t j = 0; j < n; j++) {
-                float* to = out + t * width + j * hidden;
-                const float gate = post[t * n + j];
-#pragma omp simd
-                for (int64_t h = 0; h < hidden; h++) to[h] = gate * y[t * hidden + h];
-                for (int64_t i = 0; i < n; i++) {
-                    const float* from = streams + t * width + i * hidden;
-                    const float part = mix[(t * n + i) * n + j];
-#pragma omp simd
-                    for (int64_t h = 0; h < hidden; h++) to[h] += part * from[h];
-                }
-            }
+            write_token(y + t * hidden, post + t * n, mix + t * n * n, streams + t * width, n, hidden, out + t * width);
     });
 }
 
@@ -111,4 +120,63 @@ OPERATOR(HyperConnectionMerge) {
 ONE_SHAPE(HyperConnectionMerge) {
     if (ndims[0] != 4) return {-2};
     return {shapes[0][0], shapes[0][1], shapes[0][3]};
+}
+
+// ---- decoding: reading with the norm behind it, writing with the norm before it, for few tokens
+
+// The inputs norm [H], gamma, phi, alpha, beta, eps, rounds, eps of the norm of a read, from input `i` on.
+static void few_reads(const Call& call, int i, const float* streams, int64_t tokens, int64_t n, int64_t hidden,
+                      float* x, float* post, float* mix) {
+    const int64_t width = n * hidden, gates = n * (n + 2);
+    const float* phi = call.floats(i + 2);
+    float *normed = scratch(OPERATOR_OWN, tokens * (width + gates)), *products = normed + tokens * width;
+    for (int64_t t = 0; t < tokens; t++)
+        rms_norm(streams + t * width, call.floats(i + 1), call.real(i + 5), width, normed + t * width);
+    in_chunks(gates, 4 * width, [=](int64_t first, int64_t last) {
+        few_dots(phi, first, last, normed, tokens, width, [=](int64_t g, int64_t t, float v) {
+            products[t * gates + g] = v;
+        });
+    });
+    for (int64_t t = 0; t < tokens; t++) {
+        read_token(products + t * gates, streams + t * width, call.floats(i + 3), call.floats(i + 4), n, hidden,
+                   call.whole(i + 6), x + t * hidden, post + t * n, mix + t * n * n);
+        rms_norm(x + t * hidden, call.floats(i), call.real(i + 7), hidden, x + t * hidden);
+    }
+}
+
+// The inputs y, norm [H], post, mix, streams of a write, and the eps of its norm -> streams
+static void few_writes(const Call& call, float eps, float* out) {
+    const int64_t n = call.dim(4, 2), hidden = call.dim(4, 3), tokens = call.dim(4, 0) * call.dim(4, 1);
+    float* normed = scratch(OPERATOR_OWN, hidden);
+    for (int64_t t = 0; t < tokens; t++) {
+        rms_norm(call.floats(0) + t * hidden, call.floats(1), eps, hidden, normed);
+        write_token(normed, call.floats(2) + t * n, call.floats(3) + t * n * n, call.floats(4) + t * n * hidden, n,
+                    hidden, out + t * n * hidden);
+    }
+}
+
+// streams, then the inputs of a read -> x, post, mix
+OPERATOR(DecodingRead) {
+    few_reads(call, 1, call.floats(0), call.dim(0, 0) * call.dim(0, 1), call.dim(0, 2), call.dim(0, 3), call.floats(9),
+              call.floats(10), call.floats(11));
+}
+
+MANY_SHAPES(DecodingRead) { return HyperConnectionReadInferShape(ndims, shapes, nullptr); }
+
+// the inputs of a write, eps -> streams
+OPERATOR(DecodingWrite) { few_writes(call, call.real(5), call.floats(6)); }
+
+ONE_SHAPE(DecodingWrite) { return shape_of(4, ndims, shapes); }
+
+// the inputs of a write, then those of the next read, whose last eps is of both norms -> streams, x, post, mix
+OPERATOR(DecodingTurn) {
+    few_writes(call, call.real(12), call.floats(13));
+    few_reads(call, 5, call.floats(13), call.dim(4, 0) * call.dim(4, 1), call.dim(4, 2), call.dim(4, 3),
+              call.floats(14), call.floats(15), call.floats(16));
+}
+
+MANY_SHAPES(DecodingTurn) {
+    std::vector<Shape> read = HyperConnectionReadInferShape(ndims + 4, shapes + 4, nullptr);
+    read.insert(read.begin(), shape_of(4, ndims, shapes));
+    return read;
 }

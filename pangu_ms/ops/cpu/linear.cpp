@@ -2,13 +2,11 @@
 #include <algorithm>
 
 #include "call.h"
+#include "linear.h"
 #include "product.h"
 #include "threads.h"
 
-OPERATOR(Linear) {
-    const int64_t k = call.dim(1, 1), n = call.dim(1, 0), m = call.size(0) / k;
-    const float *x = call.floats(0), *weight = call.floats(1);
-    float* y = call.floats(2);
+void linear(const float* x, const float* weight, int64_t m, int64_t k, int64_t n, float* y) {
     if (m <= FEW) {
         in_chunks(n, k, [=](int64_t first, int64_t last) {
             few_dots(weight, first, last, x, m, k, [=](int64_t row, int64_t t, float v) { y[t * n + row] = v; });
@@ -33,6 +31,11 @@ OPERATOR(Linear) {
                 for (int r = 0; r < rows; r++) y[(start + t) * n + row + r] = v[r][t];
         });
     });
+}
+
+OPERATOR(Linear) {
+    const int64_t k = call.dim(1, 1);
+    linear(call.floats(0), call.floats(1), call.size(0) / k, k, call.dim(1, 0), call.floats(2));
 }
 
 ONE_SHAPE(Linear) {

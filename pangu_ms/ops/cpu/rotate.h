@@ -5,8 +5,9 @@
 inline void turn(const float* x, const float* cosines, const float* sines, int64_t half, float* y) {
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
-        y[i] = x[i] * cosines[i] - x[half + i] * sines[i];
-        y[half + i] = x[half + i] * cosines[i] + x[i] * sines[i];
+        const float first = x[i], second = x[half + i];  // y may be x
+        y[i] = first * cosines[i] - second * sines[i];
+        y[half + i] = second * cosines[i] + first * sines[i];
     }
 }
 

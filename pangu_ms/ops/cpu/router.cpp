@@ -3,14 +3,9 @@
 #include "router.h"
 #include "threads.h"
 
-// logits [..., E], bias [E], scale [k], normalise -> ids int32 [..., k], weights [..., k]
-OPERATOR(Route) {
-    const int64_t experts = call.dim(0, -1), k = call.size(2);
-    const float *logits = call.floats(0), *bias = call.floats(1), *scale = call.floats(2);
-    const bool normalise = *call.bools(3);
-    int32_t* ids = static_cast<int32_t*>(call.data[4]);
-    float* weights = call.floats(5);
-    in_chunks(call.size(0) / experts, experts * 8, [=](int64_t begin, int64_t end) {
+void route(const float* logits, const float* bias, const float* scale, bool normalise, int64_t rows, int64_t experts,
+           int64_t k, int32_t* ids, float* weights) {
+    in_chunks(rows, experts * 8, [=](int64_t begin, int64_t end) {
         Choice choice(experts);
         for (int64_t row = begin; row < end; row++) {
             const float sum = choice.choose(logits + row * experts, bias, k), total = normalise ? sum : 1.0f;
@@ -21,6 +16,13 @@ OPERATOR(Route) {
             }
         }
     });
+}
+
+// logits [..., E], bias [E], scale [k], normalise -> ids int32 [..., k], weights [..., k]
+OPERATOR(Route) {
+    const int64_t experts = call.dim(0, -1);
+    route(call.floats(0), call.floats(1), call.floats(2), *call.bools(3), call.size(0) / experts, experts, call.size(2),
+          static_cast<int32_t*>(call.data[4]), call.floats(5));
 }
 
 MANY_SHAPES(Route) {

@@ -27,3 +27,7 @@ struct Choice {
         return total;
     }
 };
+
+// logits [rows, experts], bias [experts], scale [k] -> ids and weights [rows, k]: the k best by sigmoid score + bias.
+void route(const float* logits, const float* bias, const float* scale, bool normalise, int64_t rows, int64_t experts,
+           int64_t k, int32_t* ids, float* weights);

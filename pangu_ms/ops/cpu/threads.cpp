@@ -75,7 +75,7 @@ void run_parallel(int64_t count, Work work, const void* closure) {
 }
 
 float* scratch(Owner owner, int64_t floats) {
-    thread_local std::vector<float> memory[2];
+    thread_local std::vector<float> memory[3];
     constexpr int64_t line = 64 / sizeof(float);
     if (static_cast<int64_t>(memory[owner].size()) < floats + line) memory[owner].resize(floats + line);
     const auto address = reinterpret_cast<uintptr_t>(memory[owner].data());

@@ -20,6 +20,6 @@ void in_chunks(int64_t count, int64_t cost, const F& work) {
 
 // Memory for the calling thread until it asks again, kept between calls: fresh memory would be cleared page by page. It
 // begins on a cache line, so that vectors may lie in it.
-// An operator and the pieces of work it is cut into have their own.
-enum Owner { OPERATOR_OWN, WORK_OWN };
+// An operator, the pieces of work it is cut into, and one that is made of operators have their own.
+enum Owner { OPERATOR_OWN, WORK_OWN, COMPOSED_OWN };
 float* scratch(Owner owner, int64_t floats);

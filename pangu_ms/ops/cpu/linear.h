@@ -1,0 +1,5 @@
+// x [m, k], weight [n, k] -> y [m, n]
+#pragma once
+#include <cstdint>
+
+void linear(const float* x, const float* weight, int64_t m, int64_t k, int64_t n, float* y);
