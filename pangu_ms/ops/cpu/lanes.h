@@ -32,6 +32,27 @@ inline float sum(Lanes v) {
     return v[0];
 }
 
+// The sums of four vectors: two are folded into one, half of its lanes each, then two of those, then the lanes.
+inline Lanes fold(Lanes a, Lanes b, int width) {
+    LaneIndex left, right;
+    for (int i = 0; i < LANES; i++) {
+        const int from = (i / width) % 2 * LANES + i / (2 * width) * 2 * width + i % width;
+        left[i] = from;
+        right[i] = from + width;
+    }
+    return __builtin_shuffle(a, b, left) + __builtin_shuffle(a, b, right);
+}
+
+inline void sum_four(Lanes a, Lanes b, Lanes c, Lanes d, float out[4]) {
+    Lanes all = fold(fold(a, b, 1), fold(c, d, 1), 2);  // lane i holds a part of sum i % 4
+    for (int half = LANES / 2; half >= 4; half /= 2) {
+        LaneIndex from;
+        for (int i = 0; i < LANES; i++) from[i] = (i + half) % LANES;
+        all += __builtin_shuffle(all, from);
+    }
+    for (int i = 0; i < 4; i++) out[i] = all[i];
+}
+
 // e^x to one unit in the last place: 2^n e^r with |r| <= ln 2 / 2. Branch-free, so that loops over it vectorise.
 // 0 below -87 (where float32 gets denormal), e^88 above 88.
 inline float exponential(float x) {
