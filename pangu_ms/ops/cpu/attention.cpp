@@ -65,7 +65,7 @@ OPERATOR(AbsorbedAttention) {
         };
         many_dots(sink, dim, 0, sinks, {packed, LANES, 0}, 1, dim, into(0));
         many_dots(rows, dim, 0, own, {packed, LANES, 0}, 1, dim, into(sinks));
-        for (int64_t h = 0; h < count; h++) masked_softmax(score + h * total, seen, scale, total, score + h * total);
+        for (int64_t h = 0; h < count; h++) softmax(score + h * total, seen, scale, total, score + h * total);
         std::fill(mean, mean + count * latent, 0.0f);
         const auto sum_up = [=](int64_t h, int n, int64_t c, const Lanes* v) {
             for (int r = 0; r < n; r++) {
