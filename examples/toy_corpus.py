@@ -3,7 +3,7 @@
 python examples/toy_corpus.py --output DIR
 
 writes tokenizer/, pretrain.jsonl and heldout.jsonl ({"id": path, "text": source}), chats.jsonl and chats_heldout.jsonl
-({"id", "messages", "thinking"}). No question of chats_heldout.jsonl stands in chats.jsonl; what it asks about does, in
+({"id", "messages", "thinking"}); among the chats are pieces of the texts. No question of chats_heldout.jsonl stands in chats.jsonl; what it asks about does, in
 other words, but for sums and words to spell. The same Python version gives the same files on every machine.
 """
 import argparse
@@ -23,6 +23,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2t
             "msilib", "encodings", "pydoc_data", "__phello__", "entities.py"}
 HELD_OUT_FILES, HELD_OUT_QUESTIONS = 2, 5  # percent
 CHATS = 8000
+EXCERPTS, EXCERPT_LENGTH = 1400, 1400  # pieces of texts among the chats, characters of each
 VOCABULARY = 4096
 
 CAPITALS = {
@@ -177,11 +178,23 @@ def write_corpus(directory, library=None, chats: int = CHATS) -> dict[str, int]:
                  if message["role"] == "user"}
         if len(tried) == 1:  # a chat with a question of each kind belongs to neither
             lines["chats_heldout.jsonl" if tried.pop() else "chats.jsonl"].append({"id": name, **chat})
+    lines["chats.jsonl"] += excerpts(lines["pretrain.jsonl"])
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for file, records in lines.items():
         write_jsonl(directory / file, records)
     return {file: len(records) for file, records in lines.items()}
+
+
+def excerpts(records) -> list[dict]:
+    """Pieces of the texts that are trained on, for the chats, so that answering does not replace writing."""
+    draw, found = random.Random(2), []
+    for number in range(EXCERPTS):
+        record = draw.choice(records)
+        lines = record["text"].splitlines(keepends=True)
+        first = draw.randrange(len(lines))
+        found.append({"id": f"{record['id']} from line {first + 1}", "text": "".join(lines[first:])[:EXCERPT_LENGTH]})
+    return found
 
 
 def write_jsonl(path, records):
@@ -193,7 +206,8 @@ def train_toy_tokenizer(directory):
     """directory/tokenizer, from the texts and the chats that are trained on."""
     directory = Path(directory)
     texts = (record["text"] for record in _records(directory / "pretrain.jsonl"))
-    chats = (message["content"] for record in _records(directory / "chats.jsonl") for message in record["messages"])
+    chats = (message["content"] for record in _records(directory / "chats.jsonl")
+             for message in record.get("messages", ()))
     train_tokenizer(itertools.chain(texts, chats), VOCABULARY, directory / "tokenizer")
 
 

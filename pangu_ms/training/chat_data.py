@@ -7,7 +7,7 @@ import numpy as np
 
 from pangu_ms.errors import PanguError
 from pangu_ms.generation.chat import ChatTemplate
-from pangu_ms.training.data import Documents, gather, kind, name_of, read_jsonl, special_id
+from pangu_ms.training.data import Documents, gather, kind, name_of, read_jsonl, special_id, text_of
 
 
 def read_chats(path, tokenizer_directory) -> Documents:
@@ -21,6 +21,9 @@ def read_chats(path, tokenizer_directory) -> Documents:
     reasoning, `</think>`, content, calls and the end of the message. The generation prompt itself ends with `<think>`
     (thinking) or `</think>`, on which no loss counts.
 
+    A line {"text": "..."} among them is text as in pretraining, with the loss on all of it: some of it in every batch
+    keeps a model from forgetting how to write other things than answers.
+
     A template leaves the reasoning of earlier turns out of later prompts. Where a prompt does not continue the text
     before it, a sample of its own begins: that prompt as the model would see it, and the loss on the turns from there
     on. So a chat of k turns with thinking is k samples, and one without thinking is one sample.
@@ -30,8 +33,12 @@ def read_chats(path, tokenizer_directory) -> Documents:
             no chat at all.
     """
     template = ChatTemplate(tokenizer_directory)
-    found = []
+    found, bos = [], special_id(template.tokenizer, "bos_token", tokenizer_directory)
     for where, record in read_jsonl(path):
+        if "text" in record and "messages" not in record:
+            ids = np.array([bos, *template.encode(text_of(record, where))], np.int32)
+            found.append((name_of(record, where), ids, np.ones(len(ids), bool)))
+            continue
         messages, tools = record.get("messages"), record.get("tools")
         _check(messages, record.get("thinking"), tools, where)
         samples = _samples(template, messages, record["thinking"], tools, where)

@@ -88,10 +88,7 @@ def read_texts(path, tokenizer_directory) -> Documents:
 
 def _texts(path):
     for where, record in read_jsonl(path):
-        text = record.get("text")
-        if not isinstance(text, str):
-            raise PanguError(f'{where}: "text" is {kind(text)}: wanted text')
-        yield name_of(record, where), text
+        yield name_of(record, where), text_of(record, where)
 
 
 def read_jsonl(path):
@@ -123,6 +120,13 @@ def _parse(line, where):
     if not isinstance(record, dict):
         raise PanguError(f"{where}: {kind(record)}: wanted a JSON object")
     return record
+
+
+def text_of(record, where) -> str:
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise PanguError(f'{where}: "text" is {kind(text)}: wanted text')
+    return text
 
 
 def name_of(record, where) -> str:
