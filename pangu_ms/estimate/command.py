@@ -1,0 +1,182 @@
+"""The estimate as a command: a table, JSON, or a sweep over layouts with a picture."""
+import argparse
+import json
+import os
+import sys
+
+from pangu_ms.config import CONFIG_FILE, PanguConfig
+from pangu_ms.errors import ConfigError, PanguError, one_line
+from pangu_ms.estimate.devices import DEVICES, GIB, Device, device
+from pangu_ms.estimate.memory import memory, total
+from pangu_ms.estimate.phases import flops_per_token, phases, smallest_fleet, sweep
+from pangu_ms.estimate.work import DTYPE_BYTES, Parallel, Work, check, parse_parallel
+from pangu_ms.yaml_file import read_yaml
+
+EXAMPLE = """examples:
+  python tools/estimate.py --config configs/openpangu_v2/predict_flash_92b.yaml --phase infer \\
+      --parallel ep=8 --sequence-length 32768 --batch 8
+  python tools/estimate.py --config configs/openpangu_v2/pretrain_flash_92b.yaml --parallel dp=4,tp=1,ep=16 \\
+      --sequence-length 4096 --batch 64 --recompute --shard-optimizer --fused
+  python tools/estimate.py --config openPangu-2.0-Flash --sequence-length 4096 --batch 64 --sweep 64 --out sweep.png
+
+The busiest device counts, experts evenly loaded. Seconds are a roofline over vendors' peaks: a lower bound, for
+comparing. Without --fused everything is as the plain operators of this package compute today.
+"""
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="estimate", epilog=EXAMPLE,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     description="Memory, operations, traffic and time of a run, before it is run.")
+    parser.add_argument("--config", required=True, metavar="FILE|DIR",
+                        help="config.json, its directory, or a YAML file with model.model_config")
+    parser.add_argument("--phase", choices=("train", "infer"), default="train", help="default: train")
+    parser.add_argument("--parallel", default="", metavar="dp=..,tp=..,ep=..,pp=1", help="default: one device")
+    parser.add_argument("--sequence-length", type=_positive, required=True, metavar="N",
+                        help="tokens of a sequence; in inference the prompt, then the context that is decoded at")
+    parser.add_argument("--batch", type=_positive, default=1, metavar="N",
+                        help="sequences at once on all devices together; with gradient accumulation, of one of its "
+                             "steps (default: 1)")
+    parser.add_argument("--device", default="910B-64GB", metavar="NAME",
+                        help=f"{', '.join(DEVICES)} (default: 910B-64GB)")
+    parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16", help="default: bfloat16")
+    parser.add_argument("--recompute", action="store_true", help="keep a layer's input alone, compute it again")
+    parser.add_argument("--shard-optimizer", action="store_true", help="data-parallel ranks share its states")
+    parser.add_argument("--fused", action="store_true", help="as fused operators would compute (not written yet)")
+    parser.add_argument("--sweep", type=_positive, metavar="N", help="rank the layouts of N devices instead")
+    parser.add_argument("--out", metavar="PNG", help="with --sweep: draw memory against time")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    arguments = parser.parse_args(argv)
+    if arguments.out and not arguments.sweep:
+        parser.error("--out: wanted together with --sweep N")
+    work = Work(arguments.phase, arguments.sequence_length, arguments.batch, arguments.dtype, arguments.recompute,
+                arguments.shard_optimizer, arguments.fused)
+    try:
+        config, hardware = read_config(arguments.config), device(arguments.device)
+        if arguments.sweep:
+            found = sweep(config, work, hardware, arguments.sweep)
+            if arguments.out:
+                draw(found, hardware, arguments.out)
+            print(json.dumps([as_row(layout) for layout in found]) if arguments.json else sweep_text(found, hardware))
+        else:
+            parallel = parse_parallel(arguments.parallel)
+            check(config, parallel, work)
+            found = estimate(config, parallel, work, hardware)
+            print(json.dumps(found) if arguments.json else estimate_text(found))
+    except PanguError as error:
+        print(f"estimate: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, wanted at least 1")
+    return value
+
+
+def read_config(path: str) -> PanguConfig:
+    """A directory with config.json, a config.json, or a YAML file with model.model_config."""
+    if path.endswith((".yaml", ".yml")):
+        model = read_yaml(path).get("model")
+        fields = model.get("model_config") if isinstance(model, dict) else None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path}: has no model.model_config; wanted the fields of config.json there")
+        try:
+            return PanguConfig.from_dict(fields)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+    if os.path.basename(path) == CONFIG_FILE:
+        path = os.path.dirname(path) or "."
+    return PanguConfig.from_pretrained(path)
+
+
+def estimate(config: PanguConfig, parallel: Parallel, work: Work, hardware: Device) -> dict:
+    """All there is to report: bytes, operations and seconds, of the busiest device unless the name says otherwise."""
+    parts, fleet = memory(config, parallel, work), smallest_fleet(config, work, hardware)
+    needed = total(parts)
+    return {
+        "parameters": config.parameter_count()["trunk_and_mtp"],
+        "work": vars(work), "parallel": vars(parallel), "devices": parallel.devices,
+        "device": vars(hardware), "memory": parts, "memory_total": needed, "memory_usable": hardware.usable,
+        "fits": needed <= hardware.usable,
+        "flops_per_token_of_the_model": flops_per_token(config, work),
+        "phases": [vars(phase) | {"time": phase.time, "bound": phase.bound}
+                   for phase in phases(config, parallel, work, hardware)],
+        "smallest_fleet": as_row(fleet) if fleet else None,
+    }
+
+
+def as_row(layout) -> dict:
+    return {"parallel": str(layout.parallel), "devices": layout.parallel.devices, "bytes": layout.bytes,
+            "seconds": layout.time, "fits": layout.fits}
+
+
+def estimate_text(found: dict) -> str:
+    work, parallel = found["work"], Parallel(**found["parallel"])
+    lines = [f"{found['parameters'] / 1e9:.3f} B parameters with MTP, {work['phase']}, {work['batch']} x "
+             f"{work['length']} tokens, {work['dtype']}, {'fused' if work['fused'] else 'plain'} operators",
+             f"{found['devices']} x {found['device']['name']}: {parallel}", "", "memory of one device, GiB"]
+    for component, parts in found["memory"].items():
+        lines.append(f"  {component:<24}{sum(parts.values()) / GIB:9.2f}")
+        lines += [f"    {name:<24}{value / GIB:9.2f}" for name, value in parts.items()
+                  if len(parts) > 1 and value >= 0.005 * GIB]
+    lines.append(f"  {'total':<24}{found['memory_total'] / GIB:9.2f}   of {found['memory_usable'] / GIB:.1f} usable: "
+                 + ("fits" if found["fits"] else "DOES NOT FIT"))
+    fleet = found["smallest_fleet"]
+    lines.append(f"  smallest fleet that holds this work: {fleet['devices']} ({fleet['parallel']})" if fleet else
+                 "  no fleet of up to 1024 devices (a power of two) holds this work")
+    for name, parts in found["flops_per_token_of_the_model"].items():
+        counted = {key: value for key, value in parts.items() if key != "mtp" or name == "train"}
+        lines += ["", f"{name}: operations a token, whole model, GFLOP"]
+        lines += [f"  {key:<24}{value / 1e9:9.3f}" for key, value in counted.items() if value]
+        lines.append(f"  {'total':<24}{sum(counted.values()) / 1e9:9.3f}")
+        if name != "train" and parts.get("mtp"):
+            lines.append(f"  mtp, only when drafting {parts['mtp'] / 1e9:9.3f}")
+    for phase in found["phases"]:
+        lines += ["", f"{phase['name']}: one device, roofline"]
+        lines += [f"  moves {name:<18}{value / 1e9:11.3f} GB" for name, value in phase["bytes"].items()]
+        lines += [f"  sends in {name + ' group':<15}{value / 1e9:11.3f} GB" for name, value in phase["sent"].items()]
+        seconds = [f"{name} {value:.4g}" for name, value in phase["seconds"].items() if value]
+        lines.append(f"  seconds: {', '.join(seconds)}")
+        speed = f", {phase['tokens'] / phase['time']:.4g} tokens/s of the fleet" if phase["tokens"] else ""
+        lines.append(f"  {phase['time']:.4g} s{speed}; bound by {phase['bound']}")
+    lines += ["", f"peaks by the vendor, not measured: {found['device']['source']}"]
+    return "\n".join(lines)
+
+
+def sweep_text(found, hardware: Device) -> str:
+    lines = [f"{'layout':<20}{'GiB':>9}{'seconds':>11}   {hardware.usable / GIB:.1f} GiB usable of {hardware.name}"]
+    lines += [f"{str(layout.parallel):<20}{layout.bytes / GIB:9.1f}{layout.time:11.4g}"
+              f"{'' if layout.fits else '   does not fit'}" for layout in found]
+    return "\n".join(lines)
+
+
+def draw(found, hardware: Device, path: str) -> None:
+    """Memory against time, a point for each layout, a line for what a device holds."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise PanguError("matplotlib is not installed; pip install pangu_ms[plot]") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for fits, colour in ((True, "tab:green"), (False, "tab:red")):
+        some = [layout for layout in found if layout.fits == fits]
+        panel.scatter([layout.time for layout in some], [layout.bytes / GIB for layout in some], color=colour,
+                      label="fits" if fits else "does not fit")
+    for layout in found:
+        panel.annotate(str(layout.parallel), (layout.time, layout.bytes / GIB), fontsize=7, xytext=(4, 3),
+                       textcoords="offset points")
+    panel.axhline(hardware.usable / GIB, color="black", linewidth=1, linestyle="--")
+    panel.set(xscale="log", yscale="log", xlabel="roofline seconds of a step", ylabel="GiB of one device",
+              title=f"{found[0].parallel.devices} x {hardware.name}")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise PanguError(f"{path}: {error}") from None
+    pyplot.close(figure)
