@@ -69,20 +69,20 @@ def extent(config: PanguConfig, plan: LayerPlan, calls: Calls, fused: bool) -> E
     else:
         keys = rows
         if calls.cached:
-            keys = plan.window + rows if plan.window is not None else np.full_like(rows, calls.capacity)
+            keys = plan.window + rows if plan.window is not None else calls.capacity
             keys = np.where(selects, np.minimum(config.index_topk, keys), keys)
         pairs, index_pairs = rows * keys, rows * (calls.capacity if calls.cached else rows)
     return Extent(absorbed, selects, keys, pairs + rows * sinks, np.where(absorbed, rows, keys + sinks),
                   index_pairs * selects, rows * selects, rows * (dsa & (selects | calls.cached)))
 
 
-def score_flops(config: PanguConfig, reach: Extent, heads: int, fused: bool) -> float:
+def score_flops(config: PanguConfig, reach: Extent, calls: Calls, heads: int, fused: bool) -> float:
     """Scores and weighted values. Expanded: 2 * (nope + rope) + 2 * value for each pair and head. Absorbed: the same
     over latent rows; the plain form multiplies the rotary part of the rows into the output too, and drops it."""
     row = config.kv_lora_rank + config.qk_rope_head_dim
     expanded = 2 * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
     absorbed = 2 * (row + (config.kv_lora_rank if fused else row))
-    return heads * float((reach.pairs * np.where(reach.absorbed, absorbed, expanded)).sum())
+    return heads * calls.total(reach.pairs * np.where(reach.absorbed, absorbed, expanded))
 
 
 def expert_rows(config: PanguConfig, parallel: Parallel, work: Work, calls: Calls) -> np.ndarray:
@@ -113,22 +113,23 @@ def forward_flops(config: PanguConfig, parallel: Parallel, work: Work, calls: Ca
         reach = extents[p.plan.index] if p.plan else None
         if component == "expert":
             count //= config.n_routed_experts // parallel.expert
-            rows = float(expert_rows(config, parallel, work, calls).sum())
+            rows = calls.total(expert_rows(config, parallel, work, calls))
         elif component == "head":
-            rows = sequences * float(calls.logits.sum())
+            rows = sequences * calls.total(calls.logits)
             found["mtp"] += count * rows * config.num_nextn_predict_layers * (not calls.cached or calls.decode)
         elif component == "indexer":
             key = p.name.endswith("indexer.wk.weight")
-            rows = sequences * float((reach.index_key_rows if key else reach.index_rows).sum())
+            rows = sequences * calls.total(reach.index_key_rows if key else reach.index_rows)
         elif p.name.endswith("kv_b_proj.weight"):
-            rows = sequences * float(reach.kv_b_rows.sum())
+            rows = sequences * calls.total(reach.kv_b_rows)
         found["mtp" if p.plan and p.plan.mtp_depth else component] += count * rows
     for plan in config.layers:
         reach = extents[plan.index]
         name = "mtp" if plan.mtp_depth else f"scores_{plan.kind}"
-        found[name] += sequences * score_flops(config, reach, config.num_attention_heads // parallel.tensor, work.fused)
+        heads = config.num_attention_heads // parallel.tensor
+        found[name] += sequences * score_flops(config, reach, calls, heads, work.fused)
         if plan.kind == "dsa":
-            index_pairs = sequences * float(reach.index_pairs.sum())
+            index_pairs = sequences * calls.total(reach.index_pairs)
             found["indexer"] += 2 * index_pairs * config.index_n_heads * (config.index_head_dim + 1)
         if not plan.mtp_depth:  # reading a sublayer's input off the streams, and mixing them, around both sublayers
             n = config.mhc_num_stream

@@ -59,7 +59,8 @@ def optimizer_work_bytes(config: PanguConfig, parallel: Parallel, work: Work) ->
 
 def cache_bytes(config: PanguConfig, parallel: Parallel, work: Work) -> int:
     """`pangu_ms.cache.cache_bytes` of the device's sequences. Latent rows serve all heads, so that every tensor rank
-    holds them whole; of the o taps it holds its heads' share."""
+    holds them whole; of the o taps it holds its heads' share.
+    The engine rounds `length` up to 256 times a power of two."""
     row, taps = config.kv_lora_rank + config.qk_rope_head_dim, config.router_sliding_window - 1
     heads = config.num_attention_heads // parallel.tensor
     total = 0
@@ -123,7 +124,7 @@ def train_activations(config: PanguConfig, parallel: Parallel, work: Work) -> di
     largest single part. Without recompute the indexer's loss keeps its own scores, over half of all pairs.
     """
     calls, tokens = train_calls(work), work.sequences(parallel) * work.length
-    layers = [{name: float(value.sum()) for name, value in
+    layers = [{name: calls.total(value) for name, value in
                layer_activations(config, parallel, work, plan, calls).items()} for plan in config.layers]
     found: dict[str, float] = defaultdict(float)
     largest = max(layers, key=lambda parts: sum(parts.values()))

@@ -25,7 +25,7 @@ def weights_read(config: PanguConfig, parallel: Parallel, work: Work, calls: Cal
     else:
         rows = expert_rows(config, parallel, work, calls)
         touched = 3 * (rows if calls.decode else rows / BLOCK)
-    return float((always + one_each * touched).sum())
+    return calls.total(always + one_each * touched)
 
 
 def cache_read(config: PanguConfig, parallel: Parallel, work: Work, calls: Calls) -> float:
@@ -37,16 +37,16 @@ def cache_read(config: PanguConfig, parallel: Parallel, work: Work, calls: Calls
     values = 0.0
     for plan in config.layers[:config.num_hidden_layers]:
         reach = extent(config, plan, calls, work.fused)
-        values += float((np.where(reach.selects, calls.rows, 1) * reach.keys).sum()) * row
-        ends = calls.past + calls.rows if work.fused else np.full_like(calls.rows, calls.capacity)
-        values += float((ends * reach.selects).sum()) * config.index_head_dim
+        values += calls.total(np.where(reach.selects, calls.rows, 1) * reach.keys) * row
+        ends = calls.past + calls.rows if work.fused else calls.capacity
+        values += calls.total(ends * reach.selects) * config.index_head_dim
     return work.sequences(parallel) * values * work.width
 
 
 def activations_moved(config: PanguConfig, parallel: Parallel, work: Work, calls: Calls) -> float:
     """Everything in `layer_activations` written once and read once, over all calls and layers."""
     plans = config.layers if work.phase == "train" else config.layers[:config.num_hidden_layers]
-    return sum(2 * float(np.sum(value)) for plan in plans for name, value in
+    return sum(2 * calls.total(value) for plan in plans for name, value in
                layer_activations(config, parallel, work, plan, calls).items() if name != "expert_copies")
 
 
@@ -104,7 +104,7 @@ def collective_bytes(config: PanguConfig, parallel: Parallel, work: Work, calls:
         summed = forward * (2 if work.recompute else 1) + backward + heads * tokens * 8
         sent = 2 * ring(parallel.tensor) * summed
     else:
-        logits = work.sequences(parallel) * float(calls.logits.sum()) * c.vocab_size * work.width
+        logits = work.sequences(parallel) * calls.total(calls.logits) * c.vocab_size * work.width
         sent = ring(parallel.tensor) * (2 * forward + logits)
     moe = sum(plan.moe for plan in plans)
     group = work.group_sequences(parallel) * calls.tokens

@@ -12,6 +12,7 @@ from pangu_ms.errors import PanguError
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PREFILL_CHUNK = 512      # of `stream_generate`
 CHUNK_BYTES = 2 ** 26    # of `generation.engine`
+FIRST_CAPACITY = 256     # of `generation.engine`
 FUSED_CHUNK = 4096       # rows of a prompt at once that fused operators would be given
 
 
@@ -129,51 +130,69 @@ def check(config: PanguConfig, parallel: Parallel, work: Work) -> None:
 
 @dataclass(frozen=True)
 class Calls:
-    """Calls of the network for one sequence: `rows[c]` new tokens after `past[c]` earlier ones.
+    """Calls of the network for one sequence: `rows[c]` new tokens after `past[c]` earlier ones, made `times[c]` times.
 
-    cached: earlier rows come from a cache of `capacity` rows. decode: with absorbed attention. logits[c]: rows of the
-    call that go through the head.
+    cached: earlier rows come from a cache of `capacity[c]` rows. decode: with absorbed attention. logits[c]: rows of
+    the call that go through the head.
     """
 
     rows: np.ndarray
     past: np.ndarray
     logits: np.ndarray
-    capacity: int
+    times: np.ndarray
+    capacity: np.ndarray
     cached: bool
     decode: bool = False
 
+    def total(self, values: np.ndarray) -> float:
+        """Over all calls, of something that each call has so much of."""
+        return float((values * self.times).sum())
+
     @property
     def tokens(self) -> int:
-        return int(self.rows.sum())
+        return int(self.total(self.rows))
 
 
-def _calls(rows, past, logits, **fields) -> Calls:
-    return Calls(*(np.asarray(a, np.float64) for a in (rows, past, logits)), **fields)
+def make_calls(rows, past, logits, capacity, times=1, **fields) -> Calls:
+    rows = np.asarray(rows, np.float64)
+    others = (np.broadcast_to(np.asarray(values, np.float64), rows.shape) for values in (past, logits, times, capacity))
+    return Calls(rows, *others, **fields)
 
 
 def train_calls(work: Work) -> Calls:
     """The whole sequence at once."""
-    return _calls([work.length], [0], [work.length], capacity=work.length, cached=False)
+    return make_calls([work.length], 0, work.length, work.length, cached=False)
 
 
 def decode_calls(work: Work) -> Calls:
     """The token that makes the context `length` long."""
-    return _calls([1], [work.length - 1], [1], capacity=work.length, cached=True, decode=True)
+    return make_calls([1], work.length - 1, 1, grown(FIRST_CAPACITY, work.length), cached=True, decode=True)
 
 
 def prefill_calls(config: PanguConfig, parallel: Parallel, work: Work) -> Calls:
-    """The prompt in the engine's chunks, or FUSED_CHUNK rows at a time, with a capacity of `length`."""
-    sizes, done = [], 0
+    """The prompt in the engine's chunks, or FUSED_CHUNK rows at a time, the cache growing as it does there.
+
+    What the plain forms compute for a chunk behind the top-k limit does not depend on where it stands: equal ones are
+    one call made many times.
+    """
+    rows, past, capacities, times, done, capacity = [], [], [], [], 0, FIRST_CAPACITY
     while done < work.length:
-        size = chunk_rows(config, work, work.sequences(parallel), done)
-        count = 1 if done < config.index_topk else max(1, (work.length - done) // size)  # equal chunks from there on
-        sizes += [size] * count
-        done += size * count
-    rows = np.array(sizes, np.float64)
-    return _calls(rows, np.cumsum(rows) - rows, np.ones(len(rows)), capacity=work.length, cached=True)
+        size = chunk_rows(config, work, work.sequences(parallel), done, capacity)
+        capacity, room = grown(capacity, done + size), min(work.length, capacity) - done
+        equal = 1 if work.fused or done < config.index_topk else max(1, room // size)
+        rows, past, capacities, times = rows + [size], past + [done], capacities + [capacity], times + [equal]
+        done += size * equal
+    return make_calls(rows, past, 1, capacities, times, cached=True)
 
 
-def chunk_rows(config: PanguConfig, work: Work, batch: int, done: int) -> int:
+def grown(capacity: int, length: int) -> int:
+    """Rows of a growing tensor of the cache that must hold `length`: doubled as often as it takes."""
+    while capacity < length:
+        capacity *= 2
+    return capacity
+
+
+def chunk_rows(config: PanguConfig, work: Work, batch: int, done: int, capacity: int) -> int:
     """Rows of the next chunk of `generation.engine`.
 
     A chunk either precedes the top-k limit of DSA or lies behind it, and there neither the gathered latent rows nor
@@ -187,5 +206,5 @@ def chunk_rows(config: PanguConfig, work: Work, batch: int, done: int) -> int:
     if done < config.index_topk:
         return min(rows, config.index_topk - done)
     gathered = config.index_topk * (config.kv_lora_rank + config.qk_rope_head_dim) * work.width
-    scored = work.length * config.index_n_heads * 4
+    scored = capacity * config.index_n_heads * 4
     return min(rows, max(1, CHUNK_BYTES // (batch * max(gathered, scored))))
