@@ -1,0 +1,115 @@
+"""The indexer's loss, dense and sparse, against numpy in float64; in blocks of queries or all at once."""
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn
+
+from pangu_ms import PanguForCausalLM
+from pangu_ms.training import losses
+from pangu_ms.training.initial_values import initialize
+
+LENGTH = 13
+POSITION = [[*range(LENGTH)], [*range(10), 0, 1, 2]]  # past index_topk of 8; the second row holds two documents
+
+
+class Losses(nn.Cell):
+    """Both losses of one attention layer, and what it hands out for them."""
+
+    def __init__(self, causal_lm):
+        super().__init__(auto_prefix=False)
+        self.attention, self.rows = causal_lm.model.layers[0].self_attn, causal_lm.rows
+        self.dense, self.sparse = (losses.IndexerLoss(self.attention, sparse) for sparse in (False, True))
+
+    def construct(self, x, position):
+        rows = self.rows(position, None, False, True)
+        _, index = self.attention(x, rows, None)
+        dense, sparse = self.dense(index, rows), self.sparse(index, rows)
+        return dense + sparse, dense, sparse, index[3:]
+
+
+@pytest.fixture(scope="module")
+def model(small):
+    model = PanguForCausalLM(small(initializer_range=0.3))
+    initialize(model, 0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    x = np.random.default_rng(0).normal(size=(2, LENGTH, 48)).astype(np.float32)
+    return ms.Tensor(x), ms.Tensor(POSITION, ms.int32)
+
+
+@pytest.fixture(scope="module")
+def computed(model, inputs):
+    """For queries in blocks of 5, then all at once: (dense, sparse), gradients by name, what the layer hands out."""
+    found = {}
+    weights = ms.ParameterTuple(model.model.layers[0].self_attn.trainable_params())
+    with pytest.MonkeyPatch.context() as patch:
+        for block in (5, 128):
+            patch.setattr(losses, "QUERIES", block)
+            (_, dense, sparse, given), gradients = ms.value_and_grad(Losses(model), None, weights, True)(*inputs)
+            named = {parameter.name: gradient.asnumpy() for parameter, gradient in zip(weights, gradients)}
+            found[block] = (dense.asnumpy(), sparse.asnumpy()), named, [t.asnumpy().astype(float) for t in given]
+    return found
+
+
+@pytest.mark.parametrize("block", [5, 128])
+def test_against_numpy(model, inputs, computed, block):
+    wanted = reference(model, inputs[0].asnumpy().astype(float), *computed[block][2])
+    assert wanted[0] > wanted[1] > 0.05
+    np.testing.assert_allclose(computed[block][0], wanted, rtol=1e-5)
+
+
+def test_blocks_have_the_same_gradient_and_it_stays_in_the_indexer(computed):
+    _, blocks, _ = computed[5]
+    for name, wanted in computed[128][1].items():
+        assert wanted.any() == (".indexer." in name), name
+        np.testing.assert_allclose(blocks[name], wanted, rtol=0, atol=1e-5 * np.abs(wanted).max(), err_msg=name)
+
+
+def reference(model, x, q_latent, q, keys):
+    """(dense, sparse) as the sections 5, 6 and 11 write them down, one query at a time."""
+    config, attention = model.config, model.model.layers[0].self_attn
+    heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
+    weight = {parameter.name.split("self_attn.")[1]: parameter.asnumpy().astype(float)
+              for parameter in attention.get_parameters()}
+    kv_b = weight["kv_b_proj.weight"].reshape(heads, -1, latent)[:, :nope]
+    sinks = norm(weight["param_sink_compressed_kv"], weight["kv_a_layernorm.weight"]), weight["param_sink_k_pe"]
+    totals = np.zeros(2)
+    for b, position in enumerate(POSITION):
+        wide = np.concatenate((sinks[0], keys[b][:, :latent])), np.concatenate((sinks[1], keys[b][:, latent:]))
+        index_keys = turned(norm(x[b] @ weight["indexer.wk.weight"].T, weight["indexer.k_norm.weight"])[:, None],
+                            position)[:, 0]
+        index_q = (q_latent[b] @ weight["indexer.wq_b.weight"].T).reshape(LENGTH, config.index_n_heads, -1)
+        index_q, share = turned(index_q, position), x[b] @ weight["indexer.weights_proj.weight"].T
+        for t in range(LENGTH):
+            earlier = np.arange(t - position[t], t + 1)
+            each = np.maximum(index_q[t] @ index_keys[earlier].T, 0)
+            score = share[t] @ each * config.index_n_heads ** -0.5 * config.index_head_dim ** -0.5
+            best = np.sort(np.argsort(-score)[:config.index_topk])
+            for i, seen in enumerate((np.arange(len(earlier)), best)):
+                rows = np.concatenate((np.arange(len(sinks[0])), len(sinks[0]) + earlier[seen]))
+                logits = np.einsum("hd,hdl,sl->hs", q[b, t, :, :nope], kv_b, wide[0][rows]) \
+                    + q[b, t, :, nope:] @ wide[1][rows].T
+                attended = softmax(logits * q.shape[-1] ** -0.5)[:, len(sinks[0]):].sum(0)
+                target = attended / attended.sum()
+                totals[i] += (target * (np.log(target) - np.log(softmax(score[seen])))).sum()
+    return totals / (len(POSITION) * LENGTH)
+
+
+def norm(x, weight):
+    return x / np.sqrt((x ** 2).mean(-1, keepdims=True) + 1e-5) * weight
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def turned(x, position):
+    """x [T, heads, D], its first 8 dimensions by half-split rotary embedding of base 10000."""
+    angle = np.array(position)[:, None, None] * 10000.0 ** (-np.arange(4) / 4)
+    first, second = x[..., :4], x[..., 4:8]
+    return np.concatenate((first * np.cos(angle) - second * np.sin(angle),
+                           second * np.cos(angle) + first * np.sin(angle), x[..., 8:]), -1)
