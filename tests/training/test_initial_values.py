@@ -1,0 +1,121 @@
+"""The values of a new model, kind by kind, as section 11 of the model description gives them."""
+import re
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from pangu_ms import PanguForCausalLM
+from pangu_ms.training.initial_values import initialize
+from pangu_ms.training.settings import TrainingSettings
+
+LAYERS, HIDDEN, RANGE, MOE_STD = 6, 128, 0.02, 0.00206
+OUT = (2 * LAYERS) ** -0.5
+NORMAL = {  # standard deviation by the end of the name
+    "q_a_proj.weight": RANGE, "q_b_proj.weight": RANGE, "kv_a_proj_with_mqa.weight": RANGE, "kv_b_proj.weight": RANGE,
+    "o_proj.weight": RANGE * OUT, "indexer.wq_b.weight": RANGE, "indexer.wk.weight": RANGE,
+    "indexer.weights_proj.weight": RANGE, "param_sink_compressed_kv": RANGE, "param_sink_k_pe": RANGE,
+    "0.mlp.gate_proj.weight": RANGE, "0.mlp.up_proj.weight": RANGE, "0.mlp.down_proj.weight": RANGE * OUT,
+    "shared_experts.gate_proj.weight": RANGE, "shared_experts.up_proj.weight": RANGE,
+    "shared_experts.down_proj.weight": RANGE * OUT, "mlp.gate.weight": MOE_STD,
+    ".experts.gate_proj.weight": MOE_STD, ".experts.up_proj.weight": MOE_STD,
+    ".experts.down_proj.weight": MOE_STD * OUT, "phi.weight": RANGE, "eh_proj.weight": RANGE, "lm_head.weight": RANGE,
+    # What cutting at two standard deviations leaves of one: sqrt(1 - 4 p(2) / (2 P(2) - 1)).
+    "embed_tokens.weight": 0.8796 * HIDDEN ** -0.5,
+}
+CONSTANT = {
+    "post_attention_layernorm.weight": 0.25, "post_mlp_layernorm.weight": 0.25, "norm_gamma": 1.0,
+    "conv.weight": 0.0, "e_score_correction_bias": 0.0, "branch_alpha": 0.01, "branch_alpha_pre": 0.01,
+    "branch_beta_pre": 0.0,
+    **dict.fromkeys(("input_layernorm.weight", "pre_mlp_layernorm.weight", "block_post_layernorm.weight",
+                     "a_layernorm.weight", "k_norm.weight", "enorm.weight", "hnorm.weight", "head.norm.weight",
+                     "model.norm.weight"), 1.0),
+}
+
+
+@pytest.fixture(scope="module")
+def config(small):
+    """Every kind has 1500 numbers and more, so that a standard deviation is known to a few per cent."""
+    return small(num_hidden_layers=LAYERS, hidden_size=HIDDEN, dsa_layers=[0, 3], swa_layers=[1, 2, 4, 5, 6],
+                 sliding_window_list=[7] * 5, vocab_size=400, q_lora_rank=64, kv_lora_rank=64, param_sink_number=256,
+                 n_routed_experts=32, index_n_heads=16)
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return PanguForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def values(model):
+    initialize(model, 3, TrainingSettings(post_norm_init=0.25))
+    return taken(model)
+
+
+def taken(model):
+    return {name: parameter.asnumpy().copy() for name, parameter in model.parameters_dict().items()}
+
+
+def test_every_kind_has_its_values(values):
+    seen = set()
+    for name, found in values.items():
+        if name.endswith(".branch_beta"):
+            continue
+        ends = [end for end in (*NORMAL, *CONSTANT) if name.endswith(end)]
+        assert len(ends) == 1, name
+        seen.update(ends)
+        if ends[0] in CONSTANT:
+            assert (found == np.float32(CONSTANT[ends[0]])).all(), name
+        else:
+            wanted = NORMAL[ends[0]]
+            assert found.std() == pytest.approx(wanted, rel=0.05), (name, found.size)
+            assert abs(found.mean()) < 5 * wanted / np.sqrt(found.size), name
+    assert seen == {*NORMAL, *CONSTANT}
+
+
+def test_the_embedding_is_cut_at_two_deviations(values):
+    embedding = values["model.embed_tokens.weight"] * HIDDEN ** 0.5
+    assert 1.95 < np.abs(embedding).max() <= 2 * (1 + 1e-6)
+    assert (np.abs(embedding) > 1).mean() == pytest.approx((0.3173 - 0.0455) / 0.9545, rel=0.05)  # else normal
+    assert np.abs(values["lm_head.weight"]).max() > 3 * RANGE                   # nothing else is cut
+
+
+def test_hyper_connections_begin_as_a_plain_residual(values):
+    """Layer l, the (l + 1)-th, reads most of stream (l + 1) mod 4; writes to all alike, keeps each in its place."""
+    betas = {int(re.search(r"\.(\d+)\.", name)[1]): beta for name, beta in values.items()
+             if name.endswith("attn_mhc_module.branch_beta")}
+    assert sorted(betas) == list(range(LAYERS))
+    for layer, stream in enumerate([1, 2, 3, 0, 1, 2]):
+        assert betas[layer][:4].tolist() == [float(i == stream) for i in range(4)]
+        assert not betas[layer][4:8].any()
+        np.testing.assert_array_equal(betas[layer][8:].reshape(4, 4), np.eye(4))
+        np.testing.assert_array_equal(values[f"model.layers.{layer}.mlp_mhc_module.branch_beta"], betas[layer])
+
+
+def test_a_seed_decides_every_bit(model, values):
+    settings = TrainingSettings(post_norm_init=0.25)
+    initialize(model, 4, settings)
+    other = taken(model)
+    for name, found in values.items():
+        drawn = any(name.endswith(end) for end in NORMAL)
+        assert (other[name] != found).any() == drawn, name
+    initialize(model, 3, settings)
+    for name, found in taken(model).items():
+        np.testing.assert_array_equal(found, values[name], err_msg=name)
+
+
+def test_no_two_parameters_have_the_same_draw(values):
+    first = [found.ravel()[:20] / found.std() for name, found in values.items()
+             if any(name.endswith(end) for end in NORMAL)]
+    assert len(np.unique(np.round(first, 4), axis=0)) == len(first)
+
+
+def test_settings_decide_experts_and_post_norms(small):
+    model = PanguForCausalLM(small())
+    initialize(model, 0, TrainingSettings(moe_init_std=0.5))
+    found = taken(model)
+    assert found["model.layers.1.mlp.experts.up_proj.weight"].std() == pytest.approx(0.5, rel=0.05)
+    assert found["model.layers.1.mlp.experts.down_proj.weight"].std() == pytest.approx(0.25, rel=0.05)
+    assert found["model.layers.1.mlp.gate.weight"].std() == pytest.approx(0.5, rel=0.15)
+    assert (found["model.layers.1.post_mlp_layernorm.weight"] == 1).all()
+    assert all(parameter.dtype == ms.float32 for parameter in model.get_parameters())
