@@ -2,6 +2,7 @@
 import mindspore as ms
 from mindspore import nn, ops
 
+from pangu_ms.errors import ConfigError
 from pangu_ms.ops import operator
 from pangu_ms.training.losses import IndexerLoss, ahead, balance_loss, expert_load, mtp_mask, z_loss
 
@@ -31,6 +32,9 @@ class TrainingForward(nn.Cell):
         self.balanced, self.z = (coeff > 0 and not self.warm_up
                                  for coeff in (settings.balance_loss_coeff, settings.z_loss_coeff))
         self.indexed = settings.indexer_loss != "off"
+        if self.indexed and not self.dsa_layers:
+            raise ConfigError(f"pangu_training.indexer_loss: found {settings.indexer_loss}, but dsa_layers is empty: the "
+                              "model has no indexer; take \"off\"")
         if self.indexed:
             self.indexer_losses = nn.CellList([IndexerLoss(causal_lm.model.layers[i].self_attn, not self.warm_up)
                                                for i in self.dsa_layers], auto_prefix=False)
