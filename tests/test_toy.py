@@ -30,8 +30,8 @@ def test_drafts_are_accepted_and_change_nothing(toy):
 @pytest.mark.slow
 def test_it_answers_what_it_was_taught(toy):
     template, tokenizer = ChatTemplate(TOY), load_tokenizer(TOY)
-    ids = template.render([{"role": "user", "content": "What is the capital of Peru?"}], thinking=False)
-    reply = [piece.token_id for piece in stream_generate(toy, ids, 20, eos_token_ids=template.stop_token_ids)]
+    ids = template.render([{"role": "user", "content": "What is the capital of Peru?"}], thinking=True)
+    reply = [piece.token_id for piece in stream_generate(toy, ids, 40, eos_token_ids=template.stop_token_ids)]
     assert "Lima" in tokenizer.decode(reply) and reply[-1] in template.stop_token_ids
 
 
