@@ -1,4 +1,4 @@
-"""The end of a training step: clipping, and the experts' selection bias."""
+"""`TrainStep`: accumulation, clipping, and the experts' selection bias."""
 import mindspore as ms
 import numpy as np
 import pytest
@@ -7,9 +7,12 @@ from mindspore import nn, ops
 from pangu_ms import PanguForCausalLM
 from pangu_ms.training.forward import TrainingForward
 from pangu_ms.training.initial_values import initialize
+from pangu_ms.training.optimizer import PanguMuon
 from pangu_ms.training.settings import TrainingSettings
-from pangu_ms.training.step import Update
+from pangu_ms.training.step import TrainStep, Update
 
+TRAINED = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_b_proj.weight",
+           "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.experts.down_proj.weight")  # of each kind one
 BIASES = ("model.layers.1.mlp.e_score_correction_bias", "model.layers.2.mlp.e_score_correction_bias")
 
 
@@ -72,3 +75,45 @@ def test_biases_move_towards_an_even_load(model):
 def test_without_a_rate_biases_stay(model):
     _, _, biases = update(model, GRADIENTS, LOAD, None, 0.0)
     assert not np.any(biases)
+
+
+@pytest.mark.slow
+def test_accumulated_halves_are_one_step(model):
+    """As many labels in each half, so that the means are those of the whole batch; two steps."""
+    draw = np.random.default_rng(0)
+    ids, labels = draw.integers(0, 199, (2, 2, 4, 16)).astype(np.int32)
+    position = np.tile(np.arange(16, dtype=np.int32), (4, 1))
+    whole_batches = [(ids[i], labels[i], np.ones((4, 16), np.float32), position) for i in range(2)]
+    settings = TrainingSettings(balance_loss_coeff=0.1, z_loss_coeff=0.1, indexer_loss="sparse")
+    begin = {name: parameter.asnumpy().copy() for name, parameter in model.parameters_dict().items()}
+
+    def run(accumulation):
+        """-> outputs of every call, and all parameters after it."""
+        for name, parameter in model.parameters_dict().items():
+            parameter.set_data(ms.Tensor(begin[name]))
+        forward = TrainingForward(model, settings)
+        trained = [p for p in forward.trainable_params() if p.name in TRAINED]
+        optimizer = PanguMuon(trained, model.config, 1e-3, adamw_eps=1e-3)  # what is nearly zero shall hardly move
+        step = TrainStep(forward, optimizer, accumulation, 0.5, 0.01)
+        found = []
+        for batch in whole_batches:
+            for part in zip(*(np.split(column, accumulation) for column in batch)):
+                outputs = [output.asnumpy() for output in step(*(ms.Tensor(column) for column in part))]
+                found.append((outputs, {n: p.asnumpy().copy() for n, p in model.parameters_dict().items()}))
+        assert accumulation == 1 or not any(total.asnumpy().any() for total in step.sums)
+        return found
+
+    whole, halves = run(1), run(2)
+    for name in begin:
+        np.testing.assert_array_equal(halves[0][1][name], begin[name], err_msg=name)        # half a step is none
+    for i in range(2):
+        (total, parts, norm, load), wanted = whole[i]
+        first, second = (outputs for outputs, _ in halves[2 * i:2 * i + 2])
+        assert (first[0] + second[0]) / 2 == pytest.approx(total, rel=2e-6)
+        np.testing.assert_allclose((first[1] + second[1]) / 2, parts, rtol=1e-5)
+        np.testing.assert_array_equal(first[3] + second[3], load)
+        assert first[2] == 0 and second[2] == pytest.approx(norm, rel=1e-5) and norm > 0.5  # clipped, both
+        found = halves[2 * i + 1][1]
+        for name in begin:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-6, err_msg=name)
+            assert (wanted[name] != begin[name]).any() == (name in TRAINED + BIASES), name
