@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 TOY = ROOT / "examples" / "toy"
 PROMPTS = ('class Queue:\n    """A queue of items.\n\n    """\n\n    def __init__(self, maxsize=0):\n',
            'def main():\n    import argparse\n    parser = argparse.ArgumentParser()\n')
-QUESTIONS = (("What is the capital of Peru?", False), ("In which module is `heappush` defined?", True))
+QUESTIONS = (("What is the capital of Peru?", True), ("In which module is `heappush` defined?", False))
 STEPS, BATCH, LENGTH = 30, 4, 512
 
 

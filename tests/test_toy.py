@@ -32,7 +32,9 @@ def test_it_answers_what_it_was_taught(toy):
     template, tokenizer = ChatTemplate(TOY), load_tokenizer(TOY)
     ids = template.render([{"role": "user", "content": "What is the capital of Peru?"}], thinking=True)
     reply = [piece.token_id for piece in stream_generate(toy, ids, 40, eos_token_ids=template.stop_token_ids)]
-    assert "Lima" in tokenizer.decode(reply) and reply[-1] in template.stop_token_ids
+    text = tokenizer.decode(reply)
+    assert text.startswith("The country is Peru. Its capital is") and "</think>" in text
+    assert reply[-1] in template.stop_token_ids
 
 
 def test_its_files_are_small():
