@@ -56,7 +56,8 @@ class Extent:
 
 def extent(config: PanguConfig, plan: LayerPlan, calls: Calls, fused: bool) -> Extent:
     """Fused: visible pairs alone. Plain: each query by every key that is there, masked: all rows without a cache,
-    window + new rows for a ring, the capacity for growing tensors, index_topk rows where DSA selects in a cache.
+    window + new rows for a ring (in decoding the new ones are in the ring already), the capacity for growing tensors,
+    index_topk rows where DSA selects in a cache.
     """
     rows, past, sinks, dsa = calls.rows, calls.past, config.param_sink_number, plan.kind == "dsa"
     reach = config.index_topk if dsa else plan.window
@@ -69,7 +70,7 @@ def extent(config: PanguConfig, plan: LayerPlan, calls: Calls, fused: bool) -> E
     else:
         keys = rows
         if calls.cached:
-            keys = plan.window + rows if plan.window is not None else calls.capacity
+            keys = calls.capacity if plan.window is None else plan.window + rows * (not calls.decode)
             keys = np.where(selects, np.minimum(config.index_topk, keys), keys)
         pairs, index_pairs = rows * keys, rows * (calls.capacity if calls.cached else rows)
     return Extent(absorbed, selects, keys, pairs + rows * sinks, np.where(absorbed, rows, keys + sinks),
