@@ -2,6 +2,7 @@
 
   python tools/bench.py convert --directory /tmp
   python tools/bench.py generate --model DIR --plot contexts.png
+  python tools/bench.py train --config configs/openpangu_v2/pretrain_toy_cpu.yaml
 
 convert: how fast pangu-convert moves a generated bfloat16 checkpoint of about --gigabytes, beside cp of the same bytes
 in the same run: cp, hf2ms, cp, ms2hf, --rounds times. Every step starts with a quiet disk and ends when its bytes are
@@ -9,6 +10,8 @@ on it (fsync). Then the round trip is compared, and the peak memory of a checkpo
 what it wrote; needs about three times --gigabytes of disk.
 
 generate: speed and memory of generation beside what the machine could do; `generate --help` says what is measured.
+
+train: a training step and where its time goes; `train --help` says what is measured.
 """
 import argparse
 import json
@@ -22,6 +25,7 @@ import zlib
 from pathlib import Path
 
 import bench_generate
+import bench_train
 import numpy as np
 
 from pangu_ms.checkpoint.convert import open_source
@@ -45,9 +49,14 @@ def main() -> int:
     bench_generate.add_arguments(commands.add_parser(
         "generate", help="generation beside the machine", description=bench_generate.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter))
+    bench_train.add_arguments(commands.add_parser(
+        "train", help="a training step by part", description=bench_train.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter))
     arguments = parser.parse_args()
     if arguments.command == "generate":
         return bench_generate.run(arguments)
+    if arguments.command == "train":
+        return bench_train.run(arguments)
     with tempfile.TemporaryDirectory(dir=arguments.directory, prefix="pangu_bench_") as directory:
         return bench_convert(Path(directory), arguments.gigabytes, arguments.rounds)
 
