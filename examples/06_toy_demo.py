@@ -33,8 +33,8 @@ STEPS, BATCH, LENGTH = 30, 4, 512
 def write_code(model, tokenizer, new_tokens=160, drafts=3):
     """The prompts continued, greedily, without drafts and with them."""
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    for k in (0, drafts):  # compiles, so that nothing of it is measured
-        list(stream_generate(model, prompts[0], 8, num_draft_tokens=k, eos_token_ids=()))
+    for k in (0, drafts):  # compiles, past index_topk too, so that nothing of it is measured
+        list(stream_generate(model, prompts[0], new_tokens, num_draft_tokens=k, eos_token_ids=()))
     speeds, texts = {}, {}
     for k in (0, drafts):
         seconds, tokens, drafted, accepted = 0.0, 0, [0] * k, [0] * k
