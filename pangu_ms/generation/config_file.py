@@ -1,9 +1,8 @@
 """A YAML file for predict as options of pangu-generate. Needs neither MindSpore nor MindFormers."""
 import argparse
-import difflib
 from typing import Any
 
-from pangu_ms.errors import ConfigError
+from pangu_ms.errors import ConfigError, check_section
 from pangu_ms.yaml_file import read_yaml
 
 OPTIONS = ("max_new_tokens", "num_draft_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -28,10 +27,7 @@ def with_config(argv: list[str]) -> list[str]:
         raise ConfigError(f"{path}: run_mode is {fields.get('run_mode')!r}, wanted predict; "
                           "pangu-train --config reads files for training")
     generation = _section(path, fields, "generation_config")
-    for name in generation:
-        if name not in OPTIONS:
-            near = difflib.get_close_matches(str(name), OPTIONS, 1, 0)[0]
-            raise ConfigError(f"{path}: generation_config.{name}: no such key; did you mean {near}?")
+    check_section(f"{path}: generation_config", generation, OPTIONS)
     options = {"model": fields.get("load_checkpoint") or fields.get("pretrained_model_dir"),
                "dtype": _section(path, _section(path, fields, "model"), "model_config").get("compute_dtype")} | generation
     return [word for name, value in options.items() if value is not None

@@ -25,7 +25,7 @@ from mindspore import ops
 from mindspore.dataset import GeneratorDataset
 
 from pangu_ms.config import PanguConfig
-from pangu_ms.errors import ConfigError, PanguError
+from pangu_ms.errors import ConfigError, PanguError, check_section
 from pangu_ms.model.causal_lm import PanguForCausalLM
 from pangu_ms.training.callbacks import PanguCheckpoint, PanguMonitor, Run, source_of, split_parameters
 from pangu_ms.training.chat_data import read_chats
@@ -345,13 +345,13 @@ def check_keys(fields):
     TrainingSettings.from_dict(fields["pangu_training"])
     directory = fields.get("pretrained_model_dir") or fields.get("load_checkpoint")
     extra = PanguConfig.from_pretrained(directory).extra if directory else {}
-    _check("model.model_config", fields["model"]["model_config"], [*MODEL_KEYS, *extra])
+    check_section("model.model_config", fields["model"]["model_config"], [*MODEL_KEYS, *extra])
     typed = [("train_dataset.data_loader", fields["train_dataset"]["data_loader"]), ("optimizer", fields["optimizer"]),
              ("runner_wrapper", fields["runner_wrapper"])]
     typed += [(f"callbacks.{given.get('type')}", given) for given in fields["callbacks"]]
     for section, given in typed:
         if owner := OWN.get(given.get("type")):
-            _check(section, given, ["type", *inspect.signature(owner).parameters])
+            check_section(section, given, ["type", *inspect.signature(owner).parameters])
         elif near := difflib.get_close_matches(str(given.get("type")), OWN, 1, 0.8):
             raise ConfigError(f"{section}.type: no {given['type']}; did you mean {near[0]}?")
     if fields["trainer"].get("type") != "PanguTrainer":
@@ -371,13 +371,6 @@ def check_keys(fields):
 
 OWN = {"PanguJsonlLoader": PanguJsonlLoader.__new__, "PanguMuon": PanguMuon, "PanguTrainStep": PanguTrainStep,
        "PanguMonitor": PanguMonitor, "PanguCheckpoint": PanguCheckpoint}
-
-
-def _check(section, given, known):
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1, 0)[0]
-            raise ConfigError(f"{section}.{name}: no such key; did you mean {near}?")
 
 
 def mindformers_config(fields, output_dir):

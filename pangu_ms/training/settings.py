@@ -1,9 +1,8 @@
 """What a run trains besides the language model: the `pangu_training` section of a YAML file."""
 import dataclasses
-import difflib
 from dataclasses import dataclass
 
-from pangu_ms.errors import ConfigError
+from pangu_ms.errors import ConfigError, check_section
 
 INDEXER_LOSS = ("off", "dense", "sparse")
 
@@ -50,9 +49,5 @@ class TrainingSettings:
     @classmethod
     def from_dict(cls, fields):
         """Settings from the YAML section; `ConfigError` names an unknown key and the nearest known one."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, 1, 0)[0]
-                raise ConfigError(f"pangu_training.{name}: no such setting; did you mean {near}?")
+        check_section("pangu_training", fields, [field.name for field in dataclasses.fields(cls)])
         return cls(**fields)

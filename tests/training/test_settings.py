@@ -18,8 +18,8 @@ def test_whole_numbers_become_floats():
 
 
 @pytest.mark.parametrize("fields, message", [
-    ({"mtp_weight": 1}, "pangu_training.mtp_weight: no such setting; did you mean mtp_loss_weight"),
-    ({"indexer_los": "off"}, "pangu_training.indexer_los: no such setting; did you mean indexer_loss"),
+    ({"mtp_weight": 1}, "pangu_training.mtp_weight: no such key; did you mean mtp_loss_weight"),
+    ({"indexer_los": "off"}, "pangu_training.indexer_los: no such key; did you mean indexer_loss"),
     ({"z_loss_coeff": -1e-3}, "pangu_training.z_loss_coeff: found -0.001, wanted a number of at least 0"),
     ({"z_loss_coeff": "1e-3"}, "pangu_training.z_loss_coeff: found '1e-3', wanted a number"),
     ({"moe_init_std": float("nan")}, "pangu_training.moe_init_std: found nan, wanted a number"),
