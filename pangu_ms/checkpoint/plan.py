@@ -3,13 +3,12 @@
 import dataclasses
 import hashlib
 import json
-import struct
 from dataclasses import dataclass
 
 from pangu_ms.checkpoint.dtypes import CARRIERS, CODES
 from pangu_ms.checkpoint.layout import Grid, Stored, check_grid, released, stacked
 from pangu_ms.checkpoint.names import FLOAT32, layer_prefix, parameters
-from pangu_ms.checkpoint.shards import SINGLE_FILE
+from pangu_ms.checkpoint.shards import SINGLE_FILE, file_header
 from pangu_ms.checkpoint.source import Source
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import CheckpointError
@@ -168,19 +167,9 @@ def into_shards(outputs: list[Output], shard_size: int) -> tuple[Shard, ...]:
         name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
         # Wide formats first, so that every tensor lies at a multiple of its item size.
         group.sort(key=lambda output: -CARRIERS[output.dtype].itemsize)
-        shards.append(Shard(name, _header(group), tuple(group)))
+        header = file_header((output.stored.name, output.dtype, output.stored.shape, output.nbytes) for output in group)
+        shards.append(Shard(name, header, tuple(group)))
     return tuple(shards)
-
-
-def _header(outputs: list[Output]) -> bytes:
-    fields, offset = {"__metadata__": {"format": "pt"}}, 0
-    for output in outputs:
-        fields[output.stored.name] = {"dtype": output.dtype, "shape": list(output.stored.shape),
-                                      "data_offsets": [offset, offset + output.nbytes]}
-        offset += output.nbytes
-    text = json.dumps(fields, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def _digest(source: Source, config: PanguConfig, options: Options) -> str:

@@ -9,6 +9,7 @@ import math
 import os
 import stat
 import struct
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -127,6 +128,17 @@ def read_header(file: BinaryIO) -> dict[str, Entry]:
         raise CheckpointError(f"{path}: found {size} bytes, wanted {end} by its header; it is "
                               f"{'cut short' if size < end else 'too long'}: {AGAIN}")
     return entries
+
+
+def file_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """What a safetensors file begins with that holds these tensors one behind the other: name, dtype, shape, bytes."""
+    fields, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, dtype, shape, nbytes in tensors:
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _entry(file: BinaryIO, data: int, name: str, fields: Any) -> Entry:

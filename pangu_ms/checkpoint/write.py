@@ -82,9 +82,9 @@ class Writer:
             self._write_shards(missing)
             self._write_documents()
             check(self.partial)
-            _sync(self.partial)
+            sync(self.partial)
             os.rename(self.partial, self.target)
-            _sync(os.path.dirname(self.target))
+            sync(os.path.dirname(self.target))
         self._forget_journal()
 
     def _refuse_links(self) -> None:
@@ -184,7 +184,7 @@ class Writer:
             "files": {s.name: {"bytes": s.nbytes, "crc32": self._done[s.name]} for s in self.plan.shards},
         })
         for name in (*self._documents, CONFIG_FILE, INDEX_FILE, MANIFEST_FILE):
-            _sync(os.path.join(self.partial, name))
+            sync(os.path.join(self.partial, name))
 
     def _write_json(self, name: str, fields: dict) -> None:
         with open(os.path.join(self.partial, name), "w", encoding="utf-8") as file:
@@ -237,7 +237,7 @@ def _checksum(path: str) -> int:
     return crc
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
     """Have a file, or the names in a directory, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -12,14 +12,14 @@ import json
 import os
 import re
 import shutil
-import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from pangu_ms.checkpoint.shards import SINGLE_FILE
+from pangu_ms.checkpoint.shards import SINGLE_FILE, file_header
+from pangu_ms.checkpoint.write import sync
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import CheckpointError, ConfigError
 
@@ -83,9 +83,9 @@ def save_checkpoint(output_dir: str, config: PanguConfig, weights: dict[str, np.
             json.dump(asdict(state), file, indent=1)
         for directory, _, names in os.walk(partial, topdown=False):
             for name in (*names, ""):
-                _sync(os.path.join(directory, name))
+                sync(os.path.join(directory, name))
         os.rename(partial, target)
-        _sync(parent)
+        sync(parent)
         for old in checkpoints(output_dir)[:-keep]:
             os.rename(old, old + PARTIAL)  # half removed, it must not look like a checkpoint
             shutil.rmtree(old + PARTIAL)
@@ -148,23 +148,8 @@ def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _write_arrays(path: str, arrays: dict[str, np.ndarray]) -> None:
     """A safetensors file. numpy has no bfloat16 of its own, so that the library's writer would refuse MindSpore's."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, values in arrays.items():
-        header[name] = {"dtype": CODES[values.dtype.name], "shape": list(values.shape),
-                        "data_offsets": [end, end + values.nbytes]}
-        end += values.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(file_header((name, CODES[values.dtype.name], values.shape, values.nbytes)
+                               for name, values in arrays.items()))
         for values in arrays.values():
             file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
-
-
-def _sync(path: str) -> None:
-    """Have a file, or the names in a directory, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
