@@ -1,5 +1,9 @@
 """The command: its answers, what it refuses, the sweep and its picture."""
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +85,15 @@ def test_a_group_that_leaves_the_server_takes_the_network():
     near, far = (phases(config, Parallel(1, 1, expert), work, DEVICE)[0] for expert in (8, 16))
     assert near.seconds["expert"] == pytest.approx(near.sent["expert"] / 196e9)
     assert far.seconds["expert"] == pytest.approx(far.sent["expert"] / 25e9)
+
+
+def test_a_closed_pipe_is_no_error(data):
+    """As `| head` leaves one."""
+    root = Path(__file__).parents[2]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        done = subprocess.run([sys.executable, root / "tools" / "estimate.py", "--config", data / "tiny",
+                               "--sequence-length", "64"], env=os.environ | {"PYTHONPATH": str(root)}, stdout=pipe,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.stderr == ""
