@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 import functools
+import json
 import os
 from pathlib import Path
 
@@ -34,3 +35,16 @@ def golden(data):
         with np.load(data / name / f"{file}.npz", allow_pickle=False) as arrays:
             return dict(arrays)
     return read
+
+
+@pytest.fixture(scope="session")
+def small(data):
+    """small(**fields): a config as small as they come: a dense DSA layer, a sliding one with experts, one MTP depth."""
+    tiny = json.loads((data / "tiny" / "config.json").read_text())
+    tiny |= {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "dsa_layers": [0], "swa_layers": [1, 2],
+             "sliding_window_list": [7, 7], "block_post_layernorm_idx": [1]}
+
+    def config(**fields):
+        from pangu_ms.config import PanguConfig
+        return PanguConfig.from_dict(tiny | fields)
+    return config

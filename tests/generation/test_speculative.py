@@ -58,12 +58,13 @@ def test_one_sequence_of_a_batch_may_end_early(model, greedy):
 def test_drafts_are_those_of_the_full_forward(model, golden, name):
     """The chain of MTP layers on the same history, after accepted drafts (the true next ones, put in) and rejected."""
     text = golden(name, "T64")["ids"][0].tolist()
+    after = [0] * 64  # one length of full forwards, which do not look ahead: one graph
     engine = Engine(model(name), num_draft_tokens=3)
     length = 20  # known tokens; all but the last are in the cache
     engine.prefill(np.array([text[:length - 1]], np.int32))
     for kept in (0, 3, 1, 0, 3, 3, 2, 0):
         drafts, logits = engine.draft([text[:length]])
-        full = model(name).mtp_logits(np.array([text[:length] + drafts[0].tolist()], np.int32))
+        full = model(name).mtp_logits(np.array([(text[:length] + drafts[0].tolist() + after)[:64]], np.int32))
         for depth in (1, 2, 3):
             wanted = full[depth - 1].asnumpy()[0, length - 2]
             found = logits.asnumpy()[0, depth - 1]

@@ -1,9 +1,8 @@
-"""What the tests of training share: a small tokenizer, a way to write JSONL, a small model's config."""
+"""What the tests of training share: a small tokenizer and a way to write JSONL."""
 import json
 
 import pytest
 
-from pangu_ms.config import PanguConfig
 from pangu_ms.training.tokenizer import train_tokenizer
 
 
@@ -24,12 +23,3 @@ def jsonl(tmp_path):
         (tmp_path / "lines.jsonl").write_bytes(b"\n".join(lines) + b"\n")
         return tmp_path / "lines.jsonl"
     return write
-
-
-@pytest.fixture(scope="session")
-def small(data):
-    """small(**fields): a config as small as they come: a dense DSA layer, a sliding one with experts, one MTP depth."""
-    tiny = json.loads((data / "tiny" / "config.json").read_text())
-    tiny |= {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "dsa_layers": [0], "swa_layers": [1, 2],
-             "sliding_window_list": [7, 7], "block_post_layernorm_idx": [1]}
-    return lambda **fields: PanguConfig.from_dict(tiny | fields)
