@@ -15,6 +15,7 @@ memory      peak of the process, compiling included
 Gradient accumulation is left out: a step is one batch of runner_config.batch_size.
 """
 import argparse
+import inspect
 import json
 import os
 import resource
@@ -25,7 +26,7 @@ import numpy as np
 from bench_generate import timed
 
 from pangu_ms.config import PanguConfig
-from pangu_ms.errors import ConfigError, PanguError, one_line
+from pangu_ms.errors import ConfigError, PanguError, check_section, one_line
 from pangu_ms.training.settings import TrainingSettings
 from pangu_ms.yaml_file import read_yaml
 
@@ -60,6 +61,7 @@ def measure(path: str, fields: dict, steps: int) -> dict:
     from pangu_ms.training.optimizer import PanguMuon
     from pangu_ms.training.step import TrainStep
 
+    check_section(f"{path}: optimizer", options, inspect.signature(PanguMuon).parameters)
     model = PanguForCausalLM(config)
     initialize(model, fields.get("seed", 0), settings)
     forward = TrainingForward(model, settings)
