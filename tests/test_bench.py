@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 from bench_generate import (
-    beside, count_kernels, decode_bytes, decode_kernels, draft_report, lengths, memory_bandwidth, prefill_flop, step_bytes)
+    beside, count_kernels, decode_bytes, decode_kernels, draft_report, lengths, memory_bandwidth, prefill_flop,
+    step_bytes)
 
 from pangu_ms.checkpoint import convert
 from pangu_ms.config import PanguConfig
