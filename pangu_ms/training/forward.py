@@ -26,10 +26,10 @@ class TrainingForward(nn.Cell):
         self.warm_up = settings.indexer_loss == "dense"
         self.experts, self.trunk = config.n_routed_experts, config.num_hidden_layers
         self.moe_layers = [plan.index for plan in plans[:self.trunk] if plan.moe]
-        self.moe_count = len(self.moe_layers) + (0 if self.warm_up else config.num_nextn_predict_layers)
-        self.dsa_layers = [plan.index for plan in plans if plan.kind == "dsa"]
         self.depths = 0 if self.warm_up else config.num_nextn_predict_layers
-        self.balanced, self.z = (coeff > 0 and not self.warm_up
+        self.moe_count = len(self.moe_layers) + self.depths
+        self.dsa_layers = [plan.index for plan in plans if plan.kind == "dsa"]
+        self.balanced, self.z = (coeff > 0 and self.moe_count > 0 and not self.warm_up
                                  for coeff in (settings.balance_loss_coeff, settings.z_loss_coeff))
         self.indexed = settings.indexer_loss != "off"
         if self.indexed and not self.dsa_layers:
@@ -84,7 +84,8 @@ class TrainingForward(nn.Cell):
         if self.z:
             parts = parts + (z / len(routings),)
         parts = ops.stack(parts)
-        return ops.sum(parts * self.weights), ops.stop_gradient(parts), ops.stop_gradient(ops.stack(loads))
+        loads = ops.stack(loads) if self.moe_count else ops.zeros((0, self.experts), ms.float32)
+        return ops.sum(parts * self.weights), ops.stop_gradient(parts), ops.stop_gradient(loads)
 
     def _cross_entropy(self, normed, labels, mask):
         """The mean over the rows where mask is one; 0 where it never is."""

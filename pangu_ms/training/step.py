@@ -21,10 +21,11 @@ class Update(nn.Cell):
 
     def __init__(self, forward, optimizer, max_grad_norm, bias_update_rate):
         super().__init__(auto_prefix=False)
-        self.optimizer, self.max_norm, self.bias_rate = optimizer, max_grad_norm, bias_update_rate
+        self.optimizer, self.max_norm = optimizer, max_grad_norm
         self.each = ops.Map()  # a graph's own loop nests one level deeper at every turn
         layers = forward.causal_lm.model.layers
         moe = [i for i, plan in enumerate(forward.causal_lm.config.layers) if plan.moe]
+        self.bias_rate = bias_update_rate if forward.moe_count else 0.0
         self.biases = ms.ParameterTuple([layers[i].mlp.e_score_correction_bias for i in moe[:forward.moe_count]])
 
     def construct(self, gradients, load):

@@ -117,3 +117,18 @@ def test_accumulated_halves_are_one_step(model):
         for name in begin:
             np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-6, err_msg=name)
             assert (wanted[name] != begin[name]).any() == (name in TRAINED + BIASES), name
+
+
+@pytest.mark.parametrize("stage, part", [("dense", "indexer_kl"), ("off", "lm")])
+def test_a_model_without_experts_is_trained(small, stage, part):
+    """Its load has no rows; neither a balance loss nor a bias to update."""
+    model = PanguForCausalLM(small(num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0,
+                                   swa_layers=[], sliding_window_list=[], block_post_layernorm_idx=[]))
+    initialize(model, 0)
+    forward = TrainingForward(model, TrainingSettings(indexer_loss=stage, balance_loss_coeff=0.1, z_loss_coeff=0.1))
+    step = TrainStep(forward, PanguMuon(forward.trainable_params(), model.config, 1e-2), bias_update_rate=0.01)
+    ids = ms.Tensor(np.random.default_rng(0).integers(0, 199, (1, 16)), ms.int32)
+    batch = ids, ids, ms.ops.ones((1, 16)), ms.Tensor(np.arange(16)[None], ms.int32)
+    losses = [step(*batch)[0].asnumpy() for _ in range(3)]
+    assert forward.part_names == (part,) and losses[2] < losses[0]
+    assert step(*batch)[3].shape == (0, 8)
