@@ -61,12 +61,12 @@ LATENT, Q_TAPS, KV_TAPS, O_TAPS, INDEX_KEYS = range(5)  # a layer's tensors, in 
 GROWING = (LATENT, INDEX_KEYS)  # in layers without a window
 
 
-def layer_shapes(config, plan, capacity, slack=0):
-    """(rows, width) of one layer's tensors for one sequence."""
+def layer_shapes(config, plan, capacity, slack=0, tensor=1):
+    """(rows, width) of one layer's tensors for one sequence, on one of `tensor` ranks that share the heads."""
     taps = config.router_sliding_window - 1 + slack
     rows = capacity if plan.window is None else plan.window + slack
     shapes = [(rows, config.kv_lora_rank + config.qk_rope_head_dim), (taps, config.q_lora_rank),
-              (taps, config.kv_lora_rank), (taps, config.num_attention_heads * config.v_head_dim)]
+              (taps, config.kv_lora_rank), (taps, config.num_attention_heads // tensor * config.v_head_dim)]
     return shapes + [(rows, config.index_head_dim)] if plan.kind == "dsa" else shapes
 
 
@@ -97,10 +97,10 @@ class Cache:
         capacity: rows that growing tensors have for one sequence.
     """
 
-    def __init__(self, config, plans, batch=1, capacity=256, dtype="float32", slack=0):
+    def __init__(self, config, plans, batch=1, capacity=256, dtype="float32", slack=0, tensor=1):
         self.batch, self.capacity, self.length = batch, capacity, np.zeros(batch, np.int32)
         self.growing = [plan.window is None for plan in plans]
-        shapes = [layer_shapes(config, plan, capacity, slack) for plan in plans]
+        shapes = [layer_shapes(config, plan, capacity, slack, tensor) for plan in plans]
         if slack:
             self.growing.append(False)
             shapes.append([(hidden_rows(slack), config.hidden_size)])

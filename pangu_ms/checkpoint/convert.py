@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from pangu_ms.checkpoint.dtypes import CODES
 from pangu_ms.checkpoint.layout import Grid
+from pangu_ms.checkpoint.load import read_config
 from pangu_ms.checkpoint.manifest import LARGEST_GRID, MANIFEST_FILE, rank_directories, read_manifest
 from pangu_ms.checkpoint.plan import Options, Plan, plan_conversion
 from pangu_ms.checkpoint.shards import INDEX_FILE, contained
@@ -18,7 +19,7 @@ from pangu_ms.checkpoint.source import Source
 from pangu_ms.checkpoint.summary import describe
 from pangu_ms.checkpoint.verify import verify
 from pangu_ms.checkpoint.write import Writer, check_space
-from pangu_ms.config import CONFIG_FILE, PanguConfig
+from pangu_ms.config import CONFIG_FILE
 from pangu_ms.errors import CheckpointError, PanguError
 
 EXAMPLE = """examples:
@@ -132,8 +133,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def open_source(directory: str) -> Source:
     """The checkpoint of a directory, whole or in ranks, with the config that lies beside it."""
-    ranks = rank_directories(directory) if os.path.isdir(directory) else []
-    return Source(directory, PanguConfig.from_pretrained(ranks[0] if ranks else directory))
+    return Source(directory, read_config(directory))
 
 
 def find_documents(source: Source) -> tuple[dict[str, str], list[str]]:

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from pangu_ms.checkpoint.dtypes import CARRIERS, CODES
-from pangu_ms.checkpoint.layout import Stored, stacked
+from pangu_ms.checkpoint.layout import Grid, Stored, stacked
+from pangu_ms.checkpoint.manifest import rank_directories
 from pangu_ms.checkpoint.names import FLOAT32
 from pangu_ms.checkpoint.source import Source
 from pangu_ms.checkpoint.transfer import fill, steps
@@ -21,14 +22,16 @@ class ParameterReader:
     that the peak is what the consumer keeps and one tensor. May be iterated more than once, until `close`.
     """
 
-    def __init__(self, directory: str | os.PathLike, config: PanguConfig, dtype: str, exact: Collection[str]):
+    def __init__(self, directory: str | os.PathLike, config: PanguConfig, dtype: str, exact: Collection[str],
+                 grid: Grid, rank: int):
         if dtype not in CODES:
             raise CheckpointError(f"dtype: found {dtype!r}, wanted one of {', '.join(CODES)}")
-        self._tensors = stacked(config)
+        self._tensors = stacked(config, grid, rank)
         self._dtype, self._exact = CODES[dtype], exact
-        self._source = Source(directory, config)
+        self._source = Source(directory, config, (grid, rank))
         try:
-            self._source.check_repeats()
+            if rank == 0:  # one rank reads them for all
+                self._source.check_repeats()
         except BaseException:
             self.close()
             raise
@@ -38,7 +41,7 @@ class ParameterReader:
 
     @property
     def nbytes(self) -> int:
-        return sum(stored.parameter.count * CARRIERS[self._code(stored)].itemsize for stored in self._tensors)
+        return sum(stored.rows * stored.columns * CARRIERS[self._code(stored)].itemsize for stored in self._tensors)
 
     def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
         for stored in self._tensors:
@@ -68,11 +71,17 @@ class ParameterReader:
 
 
 def read_parameters(directory: str | os.PathLike, config: PanguConfig, dtype: str = "float32",
-                    exact: Collection[str] = ()) -> ParameterReader:
-    """All parameters under our names (`names.parameters`), whatever the layout of `directory`.
+                    exact: Collection[str] = (), grid: Grid = Grid(), rank: int = 0) -> ParameterReader:
+    """All parameters under our names (`names.parameters`), whatever the layout of `directory`; of a grid, one rank's.
 
     `dtype`: float32, float16 or bfloat16 (as uint16 bit patterns); float32 always for the names in `exact` and for the
     router's correction biases. An Int8 release is dequantised. Checks first, reads afterwards: `CheckpointError` lists
     every missing, unexpected and wrongly shaped tensor, and MTP copies that differ from what they repeat.
     """
-    return ParameterReader(directory, config, dtype, exact)
+    return ParameterReader(directory, config, dtype, exact, grid, rank)
+
+
+def read_config(directory: str | os.PathLike) -> PanguConfig:
+    """The config of a checkpoint directory of any layout: a sliced one has it in each rank."""
+    ranks = rank_directories(os.fspath(directory)) if os.path.isdir(directory) else []
+    return PanguConfig.from_pretrained(ranks[0] if ranks else directory)

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pangu_ms.checkpoint.dtypes import CARRIERS
-from pangu_ms.checkpoint.layout import Stored, released, stacked
+from pangu_ms.checkpoint.layout import Grid, Stored, released, stacked
 from pangu_ms.checkpoint.manifest import rank_directories, read_grid, read_manifest
 from pangu_ms.checkpoint.names import INT8, layer_prefix, mtp_copies
 from pangu_ms.checkpoint.shards import Entry, Shards
@@ -27,12 +27,13 @@ class Source:
     """A checkpoint open for reading.
 
     `layout` is "released", "stacked" or "sliced"; `int8` tells the quantised release; `repeats` pairs each entry that
-    must equal another (MTP copies, what several ranks hold) with that other.
+    must equal another (MTP copies, what several ranks hold) with that other. `reader`: a grid and a rank in it, which
+    is all that is opened of a directory sliced by the same grid.
     """
 
-    def __init__(self, directory: str | os.PathLike, config: PanguConfig):
+    def __init__(self, directory: str | os.PathLike, config: PanguConfig, reader: tuple[Grid, int] | None = None):
         self.directory = os.fspath(directory)
-        self.config = config
+        self.config, self.reader = config, reader
         self.held: dict[tuple[str, int], list[Held]] = {}
         self.repeats: list[tuple[Entry, Entry]] = []
         self.int8 = False
@@ -47,8 +48,9 @@ class Source:
         ranks = rank_directories(self.directory)
         if ranks:
             self.layout, grid = "sliced", read_grid(self.directory, ranks)
-            for rank, directory in enumerate(ranks):
-                self.shards.append(Shards(directory))
+            same = self.reader is not None and self.reader[0] == grid
+            for rank in [self.reader[1]] if same else range(grid.ranks):
+                self.shards.append(Shards(ranks[rank]))
                 self._account(self.shards[-1], stacked(self.config, grid, rank))
             return
         manifest = read_manifest(self.directory)

@@ -26,7 +26,8 @@ class Engine:
         self.model, self.config, self.drafts = model, model.config, num_draft_tokens
         self.depths = self.config.num_nextn_predict_layers if num_draft_tokens else 0
         plans = self.config.layers[:self.config.num_hidden_layers + self.depths]
-        self.cache = Cache(self.config, plans, batch, capacity, self.config.compute_dtype, SLACK if self.drafts else 0)
+        self.cache = Cache(self.config, plans, batch, capacity, self.config.compute_dtype, SLACK if self.drafts else 0,
+                           model.parallel.tensor)
         self.selects = any(plan.kind == "dsa" for plan in plans)
         self.whole = True
 

@@ -19,9 +19,10 @@ from pangu_ms.ops.portable import MASKED
 class Attention(nn.Cell):
     """`plan.kind` decides which rows a query sees; the sinks are seen always and count in no window and no top-k."""
 
-    def __init__(self, config, plan):
+    def __init__(self, config, plan, parallel):
         super().__init__()
-        self.heads, self.nope, self.rope = config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.heads = config.num_attention_heads // parallel.tensor              # of this rank
+        self.nope, self.rope = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent, self.topk, self.sinks = config.kv_lora_rank, config.index_topk, config.param_sink_number
         self.window = plan.window or 0
         self.windowed, self.dsa = plan.window is not None, plan.kind == "dsa"
@@ -41,6 +42,7 @@ class Attention(nn.Cell):
         self.o_proj = Linear(out, hidden, config)
         if self.dsa:
             self.indexer = Indexer(config)
+        self.copy, self.reduce = parallel.copy("tensor"), parallel.reduce("tensor")
         self.scale = (self.nope + self.rope) ** -0.5
         self.rotate, self.top_k = operator("rotate", config.compute_dtype), operator("top_k", config.compute_dtype)
         self.latent_rows = operator("latent_rows", config.compute_dtype)
@@ -86,9 +88,9 @@ class Attention(nn.Cell):
                     # A query with fewer earlier rows than K is given masked ones too: they stay masked.
                     visible = with_sinks(chosen <= ops.expand_dims(rows["position"], 2), self.sinks)
         attend = self.absorbed if keys.ndim == 4 else self.expanded
-        out = attend(q, self.sink_rows(), keys, visible, self.kv_b_proj.weight, self.scale)    # [B, T, heads * value]
-        out = self.o_conv(out, self._past(out, memory, O_TAPS, rows), rows["conv_open"])
-        return self.o_proj(out), index
+        out = attend(q, self.copy(self.sink_rows()), self.copy(keys), visible, self.kv_b_proj.weight, self.scale)
+        out = self.o_conv(out, self._past(out, memory, O_TAPS, rows), rows["conv_open"])         # [B, T, heads * value]
+        return self.reduce(self.o_proj(out)), index
 
     def _decode(self, x, rows, memory):
         """The same for few tokens and their cache, by operators that take several of these steps at once -> y."""
@@ -107,11 +109,12 @@ class Attention(nn.Cell):
                 q = ops.reshape(q, (x.shape[0], -1, self.heads, self.nope + self.rope))
                 keys = _gather_rows(ops.reshape(kept, (x.shape[0], -1, self.latent + self.rope)), chosen)
                 out = self.absorbed(q, self.sink_rows(), keys, visible, self.kv_b_proj.weight, self.scale)
-                return self.output(out, memory[O_TAPS], self.o_conv.weight, self.o_proj.weight, position)
+                return self.reduce(self.output(out, memory[O_TAPS], self.o_conv.weight, self.o_proj.weight, position))
             kept = ops.depend(kept, index)                                      # a write nobody uses is dropped
-        return self.attend(q, self.param_sink_compressed_kv, self.param_sink_k_pe, self.kv_a_layernorm.weight, kept,
-                           self.kv_b_proj.weight, memory[O_TAPS], self.o_conv.weight, self.o_proj.weight, position,
-                           self.window, self.scale, eps)
+        return self.reduce(self.attend(
+            q, self.param_sink_compressed_kv, self.param_sink_k_pe, self.kv_a_layernorm.weight, kept,
+            self.kv_b_proj.weight, memory[O_TAPS], self.o_conv.weight, self.o_proj.weight, position, self.window,
+            self.scale, eps))
 
     def _project(self, x, rows, memory):
         """-> q_latent [B, T, q_lora_rank], q [B, T, heads, nope + rope], the new latent rows [B, T, D]."""
@@ -120,7 +123,7 @@ class Attention(nn.Cell):
         q_in = self.qa_conv(q_in, self._past(q_in, memory, Q_TAPS, rows), rows["conv_open"])
         latent = self.compresskv_conv(latent, self._past(latent, memory, KV_TAPS, rows), rows["conv_open"])
         q_latent = self.q_a_layernorm(q_in)
-        q = ops.reshape(self.q_b_proj(q_latent), (x.shape[0], -1, self.heads, self.nope + self.rope))
+        q = ops.reshape(self.q_b_proj(self.copy(q_latent)), (x.shape[0], -1, self.heads, self.nope + self.rope))
         q = self.rotate(q, rows["cos"], rows["sin"], self.nope)
         row = self.latent_rows(latent, kv, self.kv_a_layernorm.weight, rows["cos"], rows["sin"],
                                self.kv_a_layernorm.eps)

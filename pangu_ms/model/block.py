@@ -11,19 +11,20 @@ from pangu_ms.ops.hyper_connection import flatten
 
 
 class Block(nn.Cell):
-    def __init__(self, config, plan):
+    def __init__(self, config, plan, parallel):
         super().__init__()
         hidden = config.hidden_size
         self.attn_mhc_module = HyperConnection(config)
         self.input_layernorm = RMSNorm(hidden, config)
-        self.self_attn = Attention(config, plan)
+        self.self_attn = Attention(config, plan, parallel)
         self.post_attention_layernorm = RMSNorm(hidden, config)
         self.mlp_mhc_module = HyperConnection(config)
         self.pre_mlp_layernorm = RMSNorm(hidden, config)
-        self.mlp = MoE(config) if plan.moe else FeedForward(config.intermediate_size, config)
+        self.mlp = MoE(config, parallel) if plan.moe else FeedForward(config.intermediate_size, config, parallel)
         self.post_mlp_layernorm = RMSNorm(hidden, config)
         self.read, self.turn, self.write = (operator(f"decoding_{what}", config.compute_dtype)
                                             for what in ("read", "turn", "write"))
+        self.copy, self.reduce = parallel.copy("tensor"), parallel.reduce("tensor")
         self.moe, self.last_norm = plan.moe, plan.block_post_layernorm
         if self.last_norm:
             self.block_post_layernorm = RMSNorm(config.mhc_num_stream * hidden, config)
@@ -46,7 +47,7 @@ class Block(nn.Cell):
         if self.moe:
             mlp, routing = self.mlp(x, rows["decode"])
         else:
-            mlp = self.mlp(x)
+            mlp = self.reduce(self.mlp(self.copy(x)))
         streams = self.mlp_mhc_module.write(self.post_mlp_layernorm(mlp), post, mix, streams)
 
         return self._finish(streams), (attn, index, mlp, routing)
@@ -63,7 +64,7 @@ class Block(nn.Cell):
         if self.moe:
             mlp, _ = self.mlp(x, True)
         else:
-            mlp = self.mlp(x)
+            mlp = self.reduce(self.mlp(x))
         return self._finish(self.write(mlp, last.weight, post, mix, streams, last.eps))
 
     def _finish(self, streams):

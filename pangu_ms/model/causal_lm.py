@@ -7,13 +7,13 @@ from mindspore import nn, ops
 from mindspore.nn.utils import no_init_parameters
 from tqdm import tqdm
 
-from pangu_ms.config import PanguConfig
 from pangu_ms.errors import PanguError
 from pangu_ms.model.block import Block
 from pangu_ms.model.hyper_connection import StreamMerge
 from pangu_ms.model.linear import Embedding, Linear
 from pangu_ms.model.mtp import MTPLayer
 from pangu_ms.model.norm import RMSNorm
+from pangu_ms.model.parallel import Parallel
 from pangu_ms.model.rows import Rows, positions
 from pangu_ms.model.trace import MTPForward, TraceForward, collect_trace
 
@@ -21,10 +21,10 @@ from pangu_ms.model.trace import MTPForward, TraceForward, collect_trace
 class PanguModel(nn.Cell):
     """Embedding, trunk layers, MTP layers (behind the trunk's in `layers`), stream merge, final norm."""
 
-    def __init__(self, config):
+    def __init__(self, config, parallel):
         super().__init__()
-        self.embed_tokens = Embedding(config)
-        self.layers = nn.CellList([MTPLayer(config, plan) if plan.mtp_depth else Block(config, plan)
+        self.embed_tokens = Embedding(config, parallel)
+        self.layers = nn.CellList([(MTPLayer if plan.mtp_depth else Block)(config, plan, parallel)
                                    for plan in config.layers])
         self.merge_mhc_module = StreamMerge(config)
         self.norm = RMSNorm(config.hidden_size, config)
@@ -45,42 +45,56 @@ class PanguForCausalLM(nn.Cell):
     """`model(ids)`: int32 [B, T] -> logits float32 [B, T, vocab_size], the full sequence without a cache.
 
     Every position sees what is before it; ids are a Tensor or anything numpy makes an array of. `mtp_logits`, `trace`
-    and the generation engine compile functions of their own around the same parameters.
+    and the generation engine compile functions of their own around the same parameters. On several ranks all of them
+    are given the same ids, and get the same results.
+
+    Args:
+        config (PanguConfig): of the whole model.
+        parallel (Parallel): what of it this process holds; default: all.
+
+    Raises:
+        ConfigError: it cannot be shared so (`Parallel.check`).
     """
 
-    def __init__(self, config):
+    def __init__(self, config, parallel=None):
         super().__init__()
-        self.config = config
-        self.model = PanguModel(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, config)
+        self.config, self.parallel = config, parallel or Parallel()
+        self.parallel.check(config)
+        self.model = PanguModel(config, self.parallel)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size // self.parallel.tensor, config)
+        self.gather = self.parallel.gather()
         self.rows = Rows(config, config.layers)
         self.mtp_reads_merged = config.mtp_hidden == "merged"
         self._functions = {}
         self.set_train(False)
 
     @classmethod
-    def from_pretrained(cls, directory, dtype="float32", progress=False):
+    def from_pretrained(cls, directory, dtype="float32", progress=False, parallel=None):
         """The model of a checkpoint directory, Hugging Face's layout or ours.
 
         Args:
             directory: holds config.json and model.safetensors, or an index with its shards.
             dtype: "float32", "float16" or "bfloat16"; parameters that stay float32 (mHC, router) do so.
             progress: show a bar of tensors on stderr.
+            parallel (Parallel): of this process, which reads no more than it holds; default: the whole model.
 
         Raises:
-            PanguError: what `PanguConfig.from_pretrained` and `read_parameters` refuse: every missing, unexpected or
+            PanguError: what `read_config` and `read_parameters` refuse: every missing, unexpected or
                 wrongly shaped tensor is listed by name, before any of them is read.
         """
-        from pangu_ms.checkpoint.load import read_parameters  # here alone: the network itself knows no files
+        from pangu_ms.checkpoint.layout import Grid  # here alone: the network itself knows no files
+        from pangu_ms.checkpoint.load import read_config, read_parameters
 
         if dtype == "bfloat16" and ms.get_context("device_target") == "CPU":
             raise PanguError("dtype is bfloat16, for which MindSpore has next to no operators on a CPU: take float32")
-        config = dataclasses.replace(PanguConfig.from_pretrained(directory), compute_dtype=dtype)
+        parallel = parallel or Parallel()
+        config = dataclasses.replace(read_config(directory), compute_dtype=dtype)
         with no_init_parameters():
-            model = cls(config)
+            model = cls(config, parallel)
         parameters = {parameter.name: parameter for parameter in model.get_parameters()}
         exact = [name for name, parameter in parameters.items() if parameter.dtype == ms.float32]
-        with read_parameters(directory, config, dtype, exact) as tensors:
+        grid = Grid(parallel.tensor, parallel.expert)
+        with read_parameters(directory, config, dtype, exact, grid, parallel.model_rank) as tensors:
             bar = tqdm(tensors, "loading", len(tensors), unit=" tensors", leave=False, disable=not progress)
             for name, values in bar:
                 tensor = ms.Tensor.from_numpy(values)                           # shares the memory of `values`
@@ -101,7 +115,7 @@ class PanguForCausalLM(nn.Cell):
         return self.head(self.model.norm(merged))
 
     def head(self, normed):
-        return ops.cast(self.lm_head(normed), ms.float32)
+        return self.gather(ops.cast(self.lm_head(normed), ms.float32))
 
     def mtp_hidden(self, merged):
         """What depth 1 reads: public sources differ on whether it is normed (`mtp_hidden` of the config)."""

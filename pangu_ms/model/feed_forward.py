@@ -6,10 +6,14 @@ from pangu_ms.ops import operator
 
 
 class FeedForward(nn.Cell):
-    """SwiGLU: x [..., H] -> down_proj(silu(gate_proj(x)) * up_proj(x)) [..., H]."""
+    """SwiGLU: x [..., H] -> down_proj(silu(gate_proj(x)) * up_proj(x)) [..., H].
 
-    def __init__(self, width, config):
+    On several tensor parallel ranks the part that this rank's share of the width adds, which the caller sums.
+    """
+
+    def __init__(self, width, config, parallel):
         super().__init__()
+        width = width // parallel.tensor
         self.gate_proj = Linear(config.hidden_size, width, config)
         self.up_proj = Linear(config.hidden_size, width, config)
         self.down_proj = Linear(width, config.hidden_size, config)

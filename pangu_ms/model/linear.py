@@ -3,6 +3,7 @@ import mindspore as ms
 from mindspore import nn, ops
 from mindspore.common.initializer import Normal, initializer
 
+from pangu_ms.model.parallel import own_part
 from pangu_ms.ops import operator
 
 
@@ -25,11 +26,17 @@ class Linear(nn.Cell):
 
 
 class Embedding(nn.Cell):
-    """ids int32 [B, T] -> [B, T, H]."""
+    """ids int32 [B, T] -> [B, T, H]. Of several tensor parallel ranks each has a range of the ids."""
 
-    def __init__(self, config):
+    def __init__(self, config, parallel):
         super().__init__()
-        self.weight = parameter((config.vocab_size, config.hidden_size), config)
+        self.count, self.divided = config.vocab_size // parallel.tensor, parallel.tensor > 1
+        self.first, self.reduce = parallel.tensor_rank * self.count, parallel.reduce("tensor")
+        self.weight = parameter((self.count, config.hidden_size), config)
 
     def construct(self, ids):
-        return ops.gather(self.weight, ids, 0)
+        if not self.divided:
+            return ops.gather(self.weight, ids, 0)
+        own, place = own_part(ids, self.first, self.count)
+        rows = ops.gather(self.weight, place, 0)
+        return self.reduce(rows * ops.cast(ops.expand_dims(own, -1), rows.dtype))

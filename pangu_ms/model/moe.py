@@ -16,28 +16,38 @@ class Stack(nn.Cell):
 
 
 class Experts(nn.Cell):
-    def __init__(self, config):
+    """The experts of this rank: what a token has chosen elsewhere comes from there, in the sum over the ranks."""
+
+    def __init__(self, config, parallel):
         super().__init__()
-        count, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        count, hidden = config.n_routed_experts // parallel.expert, config.hidden_size
+        width = config.moe_intermediate_size // parallel.tensor
+        self.first = parallel.expert_rank * count
+        self.copy, self.reduce = parallel.copy("expert"), parallel.reduce("expert")
         self.gate_proj = Stack(count, hidden, width, config)
         self.up_proj = Stack(count, hidden, width, config)
         self.down_proj = Stack(count, width, hidden, config)
         self.many_tokens = operator("many_tokens", config.compute_dtype)
 
     def construct(self, x, ids, weights):
-        return self.many_tokens(x, ids, weights, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        if self.first > 0:
+            ids = ids - self.first
+        return self.reduce(self.many_tokens(self.copy(x), ids, self.copy(weights), self.gate_proj.weight,
+                                            self.up_proj.weight, self.down_proj.weight))
 
 
 class MoE(nn.Cell):
-    def __init__(self, config):
+    def __init__(self, config, parallel):
         super().__init__()
         self.normalise = config.norm_topk_prob
         self.scale = ms.Tensor([config.routed_scaling_factor] * config.num_experts_per_tok, ms.float32)  # by choice
         self.gate = Linear(config.hidden_size, config.n_routed_experts, config, ms.float32)
         self.e_score_correction_bias = parameter((config.n_routed_experts,), config, ms.float32, "zeros")
-        self.experts = Experts(config)
-        self.shared_experts = FeedForward(config.moe_intermediate_size * config.n_shared_experts, config)
+        self.experts = Experts(config, parallel)
+        self.shared_experts = FeedForward(config.moe_intermediate_size * config.n_shared_experts, config, parallel)
+        self.copy, self.reduce = parallel.copy("tensor"), parallel.reduce("tensor")
         self.route = operator("route", ms.float32)
+        self.together = parallel.expert == 1  # routed and shared experts of a token are on one rank
         self.decoding = operator("decoding_experts", config.compute_dtype)
 
     def construct(self, x, decode):
@@ -45,13 +55,15 @@ class MoE(nn.Cell):
 
         Decoding hands out no logits.
         """
-        if decode:
+        if decode and self.together:
             experts, shared = self.experts, self.shared_experts
             y, ids, weights = self.decoding(
                 x, self.gate.weight, self.e_score_correction_bias, self.scale, self.normalise,
                 experts.gate_proj.weight, experts.up_proj.weight, experts.down_proj.weight,
                 shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight)
-            return y, (ids, weights)
+            return self.reduce(y), (ids, weights)
         logits = self.gate(ops.cast(x, ms.float32))                             # [B, T, E]
         ids, weights = self.route(logits, self.e_score_correction_bias, self.scale, self.normalise)
-        return self.experts(x, ids, weights) + self.shared_experts(x), (ids, weights, logits)
+        seen = self.copy(x)
+        y = self.reduce(self.experts(seen, ids, self.copy(weights)) + self.shared_experts(seen))
+        return y, (ids, weights, logits)

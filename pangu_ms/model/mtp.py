@@ -19,17 +19,17 @@ class SharedHead(nn.Cell):
 
 
 class MTPLayer(nn.Cell):
-    def __init__(self, config, plan):
+    def __init__(self, config, plan, parallel):
         super().__init__()
         hidden = config.hidden_size
         self.enorm = RMSNorm(hidden, config)
         self.hnorm = RMSNorm(hidden, config)
         self.eh_proj = Linear(2 * hidden, hidden, config)
         self.input_layernorm = RMSNorm(hidden, config)
-        self.self_attn = Attention(config, plan)
+        self.self_attn = Attention(config, plan, parallel)
         self.post_attention_layernorm = RMSNorm(hidden, config)
         self.pre_mlp_layernorm = RMSNorm(hidden, config)
-        self.mlp = MoE(config)
+        self.mlp = MoE(config, parallel)
         self.post_mlp_layernorm = RMSNorm(hidden, config)
         self.shared_head = SharedHead(config)
 

@@ -45,7 +45,7 @@ class Step(nn.Cell):
         self.growing = next((i for i, plan in enumerate(self.plans) if plan.window is None), None)
         self.phase = ONE_GRAPH
         self.set_inputs(ms.Tensor(shape=[batch, length], dtype=ms.int32), ms.Tensor(shape=[batch, 1], dtype=ms.int32),
-                        memory_shapes(config, self.plans, batch, slack))
+                        memory_shapes(causal_lm, self.plans, batch, slack))
 
     def construct(self, ids, start, memory):
         new = ids[:, :-self.depths] if self.depths else ids
@@ -92,7 +92,7 @@ class Draft(nn.Cell):
         self.phase = ONE_GRAPH
         self.set_inputs(ms.Tensor(shape=[batch, Draft.window(drafts, self.depths)], dtype=ms.int32),
                         ms.Tensor(shape=[batch, 1], dtype=ms.int32),
-                        memory_shapes(config, config.layers, batch, SLACK))
+                        memory_shapes(causal_lm, config.layers, batch, SLACK))
 
     @staticmethod
     def window(drafts, depths):
@@ -119,11 +119,12 @@ class Draft(nn.Cell):
         return ops.cat(drafts, 1), ops.cat(logits, 1)
 
 
-def memory_shapes(config, plans, batch, slack):
+def memory_shapes(causal_lm, plans, batch, slack):
     """What a step is compiled for: the shapes of `Cache.tensors`, the capacity of growing tensors left open."""
-    dtype, memory = getattr(ms, config.compute_dtype), []
+    config, memory = causal_lm.config, []
+    dtype = getattr(ms, config.compute_dtype)
     for plan in plans:
-        shapes = layer_shapes(config, plan, 1, slack)
+        shapes = layer_shapes(config, plan, 1, slack, causal_lm.parallel.tensor)
         memory.append(tuple(ms.Tensor(shape=[None if plan.window is None and i in GROWING else batch * rows, width],
                                       dtype=dtype) for i, (rows, width) in enumerate(shapes)))
     if slack:

@@ -1,7 +1,8 @@
 """The routed experts' product: y[n] = sum over k of weight[n, k] * expert[id[n, k]](x[n]).
 
-Two plain forms of one function, both exact for every routing: nothing is dropped, however skewed the load. Then the
-product of one expert that all tokens go through.
+Two plain forms of one function, both exact for every routing: nothing is dropped, however skewed the load; of a choice
+whose id is not one of the E, an expert of another rank, there is nothing to add. Then the product of one expert that
+all tokens go through.
 
     x [..., H], ids int32 [..., K], weights [..., K] float32, gate and up [E, F, H], down [E, H, F] -> [..., H]
 """
@@ -17,6 +18,7 @@ def few_tokens(small):
     def form(x, ids, weights, gate, up, down):
         """For decoding: each (token, choice) pair gathers its expert. Moves N * K experts' weights."""
         k = ids.shape[-1]
+        ids, weights = _of_these(ids, weights, gate.shape[0])
         chosen = ops.reshape(ids, (-1,))                                        # [P], P pairs of token and choice
         rows = ops.tile(ops.reshape(x, (-1, 1, x.shape[-1])), (1, k, 1))        # [N, K, H], N tokens
         rows = ops.reshape(rows, (-1, 1, x.shape[-1]))                          # [P, 1, H]
@@ -39,6 +41,7 @@ def many_tokens(small):
         tokens = ops.reshape(x, (-1, x.shape[-1]))                              # [N, H]
         n = tokens.shape[0]
         count = gate.shape[0]
+        ids, weights = _of_these(ids, weights, count)
         chosen = ops.reshape(ids, (-1,))                                        # [P]
         pairs = chosen.shape[0]
         blocks = (pairs + BLOCK - 1) // BLOCK + count
@@ -63,6 +66,12 @@ def many_tokens(small):
         return _weighted_sum(y, weights, x)
 
     return form
+
+
+def _of_these(ids, weights, count):
+    """Choices of experts that are not here become choices of the first one, with no weight."""
+    here = ops.logical_and(ids >= 0, ids < count)
+    return ops.select(here, ids, ops.zeros_like(ids)), ops.select(here, weights, ops.zeros_like(weights))
 
 
 def feed_forward(small):

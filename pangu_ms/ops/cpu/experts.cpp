@@ -60,7 +60,8 @@ OPERATOR(Experts) {
     const float *x = call.floats(0), *weights = call.floats(2), *gate = call.floats(3), *up = call.floats(4),
                 *down = call.floats(5);
     float* y = call.floats(6);
-    const Plan plan = by_expert(call.ints(1), pairs, experts, TOGETHER);
+    const int32_t* ids = call.ints(1);
+    const Plan plan = by_expert(ids, pairs, experts, TOGETHER);
     float* results = scratch(OPERATOR_OWN, pairs * hidden);                     // [R * K, H]
     parallel(plan.pieces.size(), [&](int64_t i) {
         const auto [e, first, last] = plan.pieces[i];
@@ -73,6 +74,7 @@ OPERATOR(Experts) {
             float* to = y + row * hidden;
             std::fill(to, to + hidden, 0.0f);
             for (int64_t p = row * k; p < (row + 1) * k; p++) {
+                if (!is_here(ids[p], experts)) continue;
 #pragma omp simd
                 for (int64_t h = 0; h < hidden; h++) to[h] += weights[p] * results[p * hidden + h];
             }

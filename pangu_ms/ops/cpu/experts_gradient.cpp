@@ -65,6 +65,7 @@ OPERATOR(ExpertsGradient) {
                 *down = call.floats(5), *dy = call.floats(6);
     float *dx = call.floats(7), *dweights = call.floats(8), *dgate = call.floats(9), *dup = call.floats(10),
           *ddown = call.floats(11);
+    std::fill(dweights, dweights + pairs, 0.0f);
     const Plan plan = by_expert(call.ints(1), pairs, experts, ROWS_TOGETHER);
     // Of each pair, in the order of the plan.
     float *rows_x = scratch(OPERATOR_OWN, pairs * (3 * hidden + 3 * width + 1)), *rows_dy = rows_x + pairs * hidden,
@@ -88,13 +89,14 @@ OPERATOR(ExpertsGradient) {
         matrices_gradient(rows, hidden, width, plan.start[e], plan.start[e + 1], item % PARTS, PARTS,
                           dgate + e * matrix, dup + e * matrix, ddown + e * matrix);
     });
-    std::vector<int64_t> place(pairs);
-    for (int64_t at = 0; at < pairs; at++) place[plan.order[at]] = at;
+    std::vector<int64_t> place(pairs, -1);
+    for (int64_t at = 0; at < plan.start[experts]; at++) place[plan.order[at]] = at;
     in_chunks(tokens, hidden * k, [&](int64_t first, int64_t last) {
         for (int64_t t = first; t < last; t++) {
             float* to = dx + t * hidden;
             std::fill(to, to + hidden, 0.0f);
             for (int64_t p = t * k; p < (t + 1) * k; p++) {
+                if (place[p] < 0) continue;
                 const float* from = rows_dx + place[p] * hidden;
 #pragma omp simd
                 for (int64_t h = 0; h < hidden; h++) to[h] += from[h];

@@ -1,0 +1,53 @@
+"""A small random model whose heads, experts and vocabulary four ranks can share, and runs of several processes."""
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from pangu_ms.checkpoint.names import parameters
+from pangu_ms.config import PanguConfig
+
+CONFIG = PanguConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+    num_nextn_predict_layers=1, num_attention_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
+    qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=1,
+    mhc_recur_norm=4, mhc_num_stream=2, block_post_layernorm_idx=(1,), param_sink_number=4, dsa_layers=(0,),
+    swa_layers=(1, 2), sliding_window_list=(6, 6), index_n_heads=2, index_head_dim=16, index_topk=8,
+    max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The directory of a model of CONFIG with random weights."""
+    directory, random = tmp_path_factory.mktemp("model"), np.random.default_rng(3)
+    CONFIG.save_pretrained(directory)
+    tensors = {}
+    for name, parameter in parameters(CONFIG).items():
+        values = random.standard_normal(parameter.shape) * 0.3
+        tensors[name] = (values + ("norm" in name)).astype(np.float32)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def msrun(tmp_path_factory):
+    """msrun(processes, script, *arguments) -> (exit code, what it printed, the directory of its logs)."""
+    def run(processes, script, *arguments):
+        logs = tmp_path_factory.mktemp("logs")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        source = str(Path(__file__).parents[2])
+        done = subprocess.run(
+            ["msrun", f"--worker_num={processes}", f"--local_worker_num={processes}", f"--master_port={port}",
+             f"--log_dir={logs}", "--join=True", str(script), *map(str, arguments)],
+            env=os.environ | {"PATH": path, "PYTHONPATH": source, "GLOG_v": "3"}, cwd=logs,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+        return done.returncode, done.stdout, logs
+    return run

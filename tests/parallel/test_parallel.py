@@ -1,0 +1,101 @@
+"""A model on several ranks against the same model in one process."""
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pangu_ms.checkpoint.convert import main
+from pangu_ms.checkpoint.layout import Grid, sliced
+from pangu_ms.checkpoint.load import read_parameters
+from pangu_ms.checkpoint.names import parameters
+from pangu_ms.config import PanguConfig
+from pangu_ms.errors import ConfigError
+from pangu_ms.model.parallel import Parallel
+from tests.parallel import worker
+
+WORKER = Path(worker.__file__)
+GRIDS = {"tensor": (2, 1), "expert": (1, 2), "both": (2, 2)}
+
+
+def test_ranks_count_tensor_first_then_expert_then_data():
+    places = [Parallel(2, 3, 2, rank) for rank in range(12)]
+    assert [place.tensor_rank for place in places] == [0, 1] * 6
+    assert [place.expert_rank for place in places] == [0, 0, 1, 1, 2, 2] * 2
+    assert [place.model_rank for place in places] == list(range(6)) * 2
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="tensor parallel 3 .*num_attention_heads 4.*take one of 1, 2, 4$"):
+        Parallel(tensor=3).check(PanguConfig.flash_92b(num_attention_heads=4, vocab_size=96))
+    with pytest.raises(ConfigError, match="expert parallel 7 .*n_routed_experts 256"):
+        Parallel(expert=7).check(PanguConfig.flash_92b())
+    Parallel(tensor=8, expert=16).check(PanguConfig.flash_92b())
+
+
+def test_a_wrong_number_of_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("MS_WORKER_NUM", "2")
+    with pytest.raises(ConfigError, match="makes 4 processes, and this run has 2: start it by msrun --worker_num=4"):
+        Parallel.start(tensor=2, expert=2)
+    with pytest.raises(ConfigError, match="tensor parallel is 0"):
+        Parallel.start(tensor=0)
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint):
+    """whole(what): what `worker` computes in one process."""
+    return functools.cache(lambda what: getattr(worker, what)(checkpoint, None))
+
+
+@pytest.fixture(scope="module")
+def ranks(checkpoint, msrun, tmp_path_factory):
+    """ranks(what, tensor, expert): the same of each rank."""
+    def run(what, tensor, expert):
+        output = tmp_path_factory.mktemp("output")
+        code, printed, _ = msrun(tensor * expert, WORKER, what, checkpoint, tensor, expert, output)
+        assert code == 0, printed[-3000:]
+        return [dict(np.load(output / f"{rank}.npz")) for rank in range(tensor * expert)]
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", GRIDS)
+def test_inference(grid, whole, ranks):
+    wanted = whole("infer")
+    for found in ranks("infer", *GRIDS[grid]):
+        for name in ("logits", "mtp_logits"):
+            assert abs(found[name] - wanted[name]).max() < 2e-5 * abs(wanted[name]).max(), name
+        for name in ("greedy", "drafted"):
+            np.testing.assert_array_equal(found[name], wanted["greedy"])
+
+
+def cut(whole, stored):
+    """What a rank stores of an array."""
+    members = whole if stored.parameter.stacked else whole[None]
+    parts = [members[p.member][p.row:p.row + p.rows] for p in stored.parts]
+    first, columns = stored.parts[0].column, stored.shape[-1]
+    if stored.parameter.rows * stored.parameter.columns != stored.parameter.rows:
+        parts = [part[..., first:first + columns] for part in parts]
+    return np.concatenate(parts).reshape(stored.shape)
+
+
+def test_a_rank_reads_its_part_of_any_layout(checkpoint, tmp_path):
+    """A whole directory, one that is cut otherwise, and its own rank of one cut so, of which it opens nothing else."""
+    config, grid = PanguConfig.from_pretrained(checkpoint), Grid(2, 2)
+    whole = dict(read_parameters(checkpoint, config))
+    for tensor, expert in ((2, 2), (4, 1)):
+        main(["hf2ms", str(checkpoint), str(tmp_path / f"{tensor}{expert}"), "--tensor-parallel", str(tensor),
+              "--expert-parallel", str(expert)])
+    for directory in (checkpoint, tmp_path / "22", tmp_path / "41"):
+        for rank in range(4):
+            for name, values in read_parameters(directory, config, grid=grid, rank=rank):
+                np.testing.assert_array_equal(values, cut(whole[name], sliced(parameters(config)[name], grid, rank)))
+    (tmp_path / "22" / "rank_0" / "model.safetensors").unlink()
+    assert len(list(read_parameters(tmp_path / "22", config, grid=grid, rank=3))) == len(whole)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others(msrun, tmp_path):
+    code, printed, _ = msrun(2, WORKER.with_name("killed.py"), tmp_path / "pid")
+    assert code != 0
+    assert f"Worker process {(tmp_path / 'pid').read_text()} exit with exception. Error code: -9" in printed
