@@ -26,13 +26,15 @@ EXAMPLE = """examples:
   pangu-generate --model openPangu-2.0-Flash --chat --thinking off --prompt-file question.txt --max-new-tokens 512
   pangu-generate --config configs/openpangu_v2/predict_flash_92b.yaml --chat
   pangu-generate --model tests/data/tiny --token-ids 5,6,7,8 --max-new-tokens 32 --json
+  msrun --worker_num=2 --local_worker_num=2 --join=True tools/generate.py --model DIR --tensor-parallel 2 \
+      --prompt "The capital of Peru is" --max-new-tokens 32
 
 Without --json the new text (or, without a tokenizer, the new ids) goes to stdout as it comes, and a line of
 statistics to stderr. With --json stdout gets one object: token_ids (the new ones), text (null without a tokenizer),
 with --chat also reasoning, answer and tool_calls, and stats (prefill_seconds, prefill_tokens, decode_seconds,
 decode_tokens, tokens_per_second, cache_bytes, drafted and accepted by depth, peak_memory_bytes of the process).
 --chat without a prompt is a conversation: /clear forgets it, /thinking on|off, /exit; Ctrl-C ends a reply. In a chat
-reasoning goes to stderr, the answer to stdout. Exit code 0 on success, 2 when the input is wrong, 130 after Ctrl-C.
+reasoning goes to stderr, the answer to stdout. Of several processes the first prints, into msrun's log of it. Exit code 0 on success, 2 when the input is wrong, 130 after Ctrl-C.
 """
 SAMPLING = {  # fields of Sampling that are options, and what they mean
     "temperature": "0 is greedy",
@@ -76,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", choices=COMPUTE_DTYPES, help="compute in this (default: float32)")
     parser.add_argument("--num-draft-tokens", default=0, type=int, metavar="N",
                         help="drafts of the MTP layers to verify in each step (default: 0)")
+    for dimension, shared in (("tensor", "heads, widths and vocabulary"), ("expert", "routed experts")):
+        parser.add_argument(f"--{dimension}-parallel", default=1, type=int, metavar="N",
+                            help=f"processes, started by msrun, that share the model's {shared} (default: 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     parser.add_argument("--stats", action="store_true", help="more statistics; in a conversation after each reply")
 
@@ -106,6 +111,8 @@ def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error("--token-ids does not go with --chat: a template wants text")
     elif arguments.json and not prompted:
         parser.error("--json needs a prompt: it prints one object at the end")
+    elif not prompted and (arguments.tensor_parallel, arguments.expert_parallel) != (1, 1):
+        parser.error("a conversation runs in one process: give a prompt")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -123,8 +130,9 @@ def run(arguments: argparse.Namespace) -> None:
     eos_token_ids = find_eos_token_ids(config, arguments.model) + (template.stop_token_ids if template else ())
 
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only, unless the user wants more
+    parallel = find_parallel(arguments)
     model = pangu_ms.PanguForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype,
-                                                      progress=sys.stderr.isatty())
+                                                      progress=sys.stderr.isatty(), parallel=parallel)
 
     continuation = Continuation() if ids is None else None
 
@@ -141,6 +149,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     if ids is None:
         converse(template, stream, arguments.system, thinking, show_stats if arguments.stats else None)
+        return
+    if parallel is not None and parallel.rank > 0:                              # computes what the first one shows
+        for _ in stream(ids):
+            pass
         return
     parser = ReplyParser(thinking) if template else None
     if arguments.json:
@@ -161,6 +173,15 @@ def find_tokenizer(arguments: argparse.Namespace):
     if arguments.stop:
         raise PanguError(f"{arguments.model}: --stop needs a tokenizer, and there is none: add it or leave --stop out")
     return None
+
+
+def find_parallel(arguments: argparse.Namespace):
+    """This process's place among those that share the model; None where there is one."""
+    sizes = arguments.tensor_parallel, arguments.expert_parallel
+    if sizes == (1, 1):
+        return None
+    from pangu_ms.model.parallel import Parallel
+    return Parallel.start(*sizes)
 
 
 def read_prompt(arguments: argparse.Namespace, tokenizer, template, thinking: bool) -> list[int] | None:

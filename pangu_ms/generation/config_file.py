@@ -28,9 +28,11 @@ def with_config(argv: list[str]) -> list[str]:
                           "pangu-train --config reads files for training")
     generation = _section(path, fields, "generation_config")
     check_section(f"{path}: generation_config", generation, OPTIONS)
+    parallel = _section(path, fields, "parallel_config")
     options = {"model": fields.get("load_checkpoint") or fields.get("pretrained_model_dir"),
-               "dtype": _section(path, _section(path, fields, "model"), "model_config").get("compute_dtype")} | generation
-    return [word for name, value in options.items() if value is not None
+               "dtype": _section(path, _section(path, fields, "model"), "model_config").get("compute_dtype"),
+               "tensor_parallel": parallel.get("model_parallel"), "expert_parallel": parallel.get("expert_parallel")}
+    return [word for name, value in (options | generation).items() if value is not None
             for word in ("--" + name.replace("_", "-"), str(value))] + argv
 
 

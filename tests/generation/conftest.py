@@ -19,7 +19,7 @@ def engine(monkeypatch):
     """
     calls = SimpleNamespace(loaded=None, prompts=[], options=None, reply=None)
 
-    def from_pretrained(directory, dtype, progress):
+    def from_pretrained(directory, dtype, progress, parallel):
         calls.loaded = (directory, dtype, progress)
         return "model"
 
