@@ -54,7 +54,7 @@ class Parallel:
                               f"--local_worker_num={wanted}")
         if processes == 1:
             return cls()
-        # A rank that still compiles lets the others wait, and by default MindSpore on a CPU gives up after a short while.
+        # A rank that still compiles lets the others wait, and MindSpore on a CPU gives up after a short while.
         os.environ.setdefault("MS_RECEIVE_MSG_TIMEOUT", "3600")               # seconds
         communication.init()
         return cls(tensor, expert, data, communication.get_rank())

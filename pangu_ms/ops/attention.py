@@ -80,15 +80,14 @@ def attended(small):
     masked_softmax = small("masked_softmax")
 
     def form(q, sinks, keys, visible, kv_b, scale):
-        """Where all heads together look: float32 [B, T, S], each row summing to 1. Keys [B, S, D]; no sinks in it.
+        """Where the heads look: float32 [B, T, S], the sum of their probabilities. Keys [B, S, D]; no sinks in it.
 
         The sinks take part in the softmax, so a head that looks at them has less to say.
         """
         batch, _, heads, _ = q.shape
         keys = ops.cat((ops.tile(ops.expand_dims(sinks, 0), (batch, 1, 1)), keys), 1)
         score = ops.reshape(_latent_score(q, keys, kv_b), (batch, -1, heads, keys.shape[1]))
-        mass = ops.sum(ops.cast(masked_softmax(score, visible, scale), ms.float32), 2)[..., sinks.shape[0]:]
-        return mass / (ops.sum(mass, -1, keepdim=True) + 1e-20)
+        return ops.sum(ops.cast(masked_softmax(score, visible, scale), ms.float32), 2)[..., sinks.shape[0]:]
 
     return form
 

@@ -5,6 +5,7 @@ from mindspore import nn, ops
 from pangu_ms.errors import ConfigError
 from pangu_ms.ops import operator
 from pangu_ms.training.losses import IndexerLoss, ahead, balance_loss, expert_load, mtp_mask, z_loss
+from pangu_ms.training.parallel import SharedCrossEntropy
 
 
 class TrainingForward(nn.Cell):
@@ -39,6 +40,8 @@ class TrainingForward(nn.Cell):
             self.indexer_losses = nn.CellList([IndexerLoss(causal_lm.model.layers[i].self_attn, not self.warm_up)
                                                for i in self.dsa_layers], auto_prefix=False)
         self.cross_entropy = operator("cross_entropy", config.compute_dtype)
+        if causal_lm.parallel.tensor > 1:
+            self.cross_entropy = SharedCrossEntropy(config, causal_lm.parallel)
         self.part_names, self.weights = self._plan(settings)
         for name, parameter in causal_lm.parameters_and_names():
             routed_by_count = name.endswith("e_score_correction_bias")          # moved by counts, never by gradient

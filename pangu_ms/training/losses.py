@@ -42,9 +42,10 @@ class IndexerLoss(nn.Cell):
         for first in range(0, length, QUERIES):
             end = min(first + QUERIES, length)
             visible = (selected if self.sparse else rows["causal"])[:, first:end, :end]
-            target = ops.stop_gradient(self.attended(q[:, first:end], sinks, keys[:, :end],
-                                                     with_sinks(visible, self.attention.sinks), kv_b,
-                                                     self.attention.scale))
+            mass = self.attended(q[:, first:end], sinks, keys[:, :end], with_sinks(visible, self.attention.sinks), kv_b,
+                                 self.attention.scale)
+            mass = self.attention.reduce(mass)                                  # of all heads
+            target = ops.stop_gradient(mass / (ops.sum(mass, -1, keepdim=True) + 1e-20))
             angles = {"cos": rows["cos"][:, first:end], "sin": rows["sin"][:, first:end]}
             score = self.attention.indexer(x[:, first:end], q_latent[:, first:end], index_keys[:, :end], angles)
             total = total + ops.sum(_divergence(target, score, visible))

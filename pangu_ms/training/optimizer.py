@@ -12,6 +12,9 @@ import math
 import mindspore as ms
 from mindspore import nn, ops
 
+from pangu_ms.model.parallel import Parallel
+from pangu_ms.training.parallel import Matrices, divided_axes
+
 ADAMW = ("embed_tokens", "lm_head", "gate", "phi")  # two-dimensional, yet no map between hidden vectors of one layer
 NS_COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5
 
@@ -51,19 +54,23 @@ class PanguMuon(nn.Optimizer):
         ns_coefficients: (a, b, c) of each Newton-Schulz step X <- aX + (bA + cA^2)X with A = XX^T.
         adamw_betas, adamw_eps: of AdamW.
         muon: False: AdamW for all of them.
+        parallel (Parallel): of the model. Each matrix that tensor parallel ranks divide is orthogonalised whole.
     """
 
     def __init__(self, params, config, learning_rate=1e-3, weight_decay=0.1, momentum=0.95,
-                 ns_coefficients=NS_COEFFICIENTS, adamw_betas=(0.9, 0.95), adamw_eps=1e-8, muon=True):
+                 ns_coefficients=NS_COEFFICIENTS, adamw_betas=(0.9, 0.95), adamw_eps=1e-8, muon=True,
+                 parallel=Parallel()):
+        axes = divided_axes(config) if parallel.tensor > 1 else {}
         groups = {}                                                             # of equal matrices; None: the others
         for parameter in params:
             rows = matrix_rows(parameter.name, parameter.shape, config) if muon else None
-            groups.setdefault(rows and (parameter.shape, rows), []).append(parameter)
+            groups.setdefault(rows and (parameter.shape, rows, axes.get(parameter.name)), []).append(parameter)
         others = groups.pop(None, [])
         super().__init__(learning_rate, sum(groups.values(), []) + others, 0.0)
         coefficients = tuple(tuple(step) for step in ns_coefficients)
-        self.groups = nn.CellList([Muon(members, rows, weight_decay, momentum, coefficients)
-                                   for (_, rows), members in groups.items()], auto_prefix=False)
+        self.groups = nn.CellList([Muon(members, rows, weight_decay, momentum, coefficients,
+                                        Matrices(parallel, axis) if axis else None)
+                                   for (_, rows, axis), members in groups.items()], auto_prefix=False)
         sizes = [len(members) for members in groups.values()]
         self.ranges = [(sum(sizes[:i]), sum(sizes[:i + 1])) for i in range(len(sizes))]
         self.matrices = sum(sizes)
@@ -83,7 +90,7 @@ class PanguMuon(nn.Optimizer):
 class Muon(nn.Cell):
     """One step of Muon for parameters of one shape and one `matrix_rows`."""
 
-    def __init__(self, params, rows, decay, momentum, coefficients):
+    def __init__(self, params, rows, decay, momentum, coefficients, matrices):
         super().__init__(auto_prefix=False)
         self.params, self.masters = ms.ParameterTuple(params), _masters(params)
         self.moments = ms.ParameterTuple([_state("muon", p) for p in params])
@@ -92,11 +99,16 @@ class Muon(nn.Cell):
         count = params[0].shape[0] if params[0].ndim == 3 else 1                # matrices of one parameter
         self.first = tuple(range(0, len(params) * count, count))
         self.count, self.shape = count, params[0].shape
+        self.matrices = matrices
         self.each = ops.Map()  # a graph's own loop nests one level deeper at every turn
 
     def construct(self, gradients, rate):
         updates = ops.stack(self.each(ops.partial(_momentum, self.momentum), self.moments, gradients))
-        updates = self._orthogonal(ops.reshape(updates, (-1,) + self.shape[-2:])) * rate
+        updates = ops.reshape(updates, (-1,) + self.shape[-2:])
+        if self.matrices is None:
+            updates = self._orthogonal(updates) * rate
+        else:
+            updates = self.matrices.part(self._orthogonal(self.matrices(updates))) * rate
         masters = self.each(ops.partial(_subtract, updates, self.count, 1 - rate * self.decay), self.masters,
                             self.first)
         return self.each(_write_back, self.params, masters)

@@ -2,6 +2,8 @@
 import mindspore as ms
 from mindspore import nn, ops
 
+from pangu_ms.training.parallel import SharedSum
+
 
 class Gradients(nn.Cell):
     """A batch -> what `TrainingForward` gives, then the gradients of `weights`."""
@@ -23,13 +25,16 @@ class Update(nn.Cell):
         super().__init__(auto_prefix=False)
         self.optimizer, self.max_norm = optimizer, max_grad_norm
         self.each = ops.Map()  # a graph's own loop nests one level deeper at every turn
-        layers = forward.causal_lm.model.layers
-        moe = [i for i, plan in enumerate(forward.causal_lm.config.layers) if plan.moe]
+        causal_lm, self.sum = forward.causal_lm, ops.ReduceSum()
+        if causal_lm.parallel.tensor * causal_lm.parallel.expert > 1:
+            self.sum = SharedSum(causal_lm.config, causal_lm.parallel, [p.name for p in optimizer.parameters])
+        layers = causal_lm.model.layers
+        moe = [i for i, plan in enumerate(causal_lm.config.layers) if plan.moe]
         self.bias_rate = bias_update_rate if forward.moe_count else 0.0
         self.biases = ms.ParameterTuple([layers[i].mlp.e_score_correction_bias for i in moe[:forward.moe_count]])
 
     def construct(self, gradients, load):
-        norm = ops.sqrt(ops.sum(ops.stack(self.each(_sum_of_squares, gradients))))
+        norm = ops.sqrt(self.sum(ops.stack(self.each(_sum_of_squares, gradients))))
         if self.max_norm is not None:
             gradients = self.each(ops.partial(_scale, self.max_norm / ops.maximum(norm, self.max_norm)), gradients)
         norm = ops.depend(norm, self.optimizer(gradients))

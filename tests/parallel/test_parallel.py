@@ -69,6 +69,23 @@ def test_inference(grid, whole, ranks):
             np.testing.assert_array_equal(found[name], wanted["greedy"])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("grid", GRIDS)
+def test_training(grid, whole, ranks, checkpoint):
+    wanted, size = whole("train"), GRIDS[grid]
+    known = parameters(PanguConfig.from_pretrained(checkpoint))
+    for rank, found in enumerate(ranks("train", *size)):
+        np.testing.assert_allclose(found["parts"], wanted["parts"], rtol=2e-5)
+        off = {}
+        for name in (name for name in wanted if name.startswith("gradient ")):
+            part = cut(wanted[name], sliced(known[name.split()[1]], Grid(*size), rank))
+            off[name] = abs(found[name] - part).max() / abs(wanted[name]).max()
+        worst = max(off, key=off.get)
+        assert off[worst] < 2e-5, f"{worst}: {off[worst]:.1e}"
+        np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=1e-4)
+        np.testing.assert_allclose(found["norms"], wanted["norms"], rtol=1e-3)
+
+
 def cut(whole, stored):
     """What a rank stores of an array."""
     members = whole if stored.parameter.stacked else whole[None]
@@ -99,3 +116,11 @@ def test_a_killed_rank_ends_the_others(msrun, tmp_path):
     code, printed, _ = msrun(2, WORKER.with_name("killed.py"), tmp_path / "pid")
     assert code != 0
     assert f"Worker process {(tmp_path / 'pid').read_text()} exit with exception. Error code: -9" in printed
+
+
+@pytest.mark.slow
+def test_the_command_prints_once(checkpoint, msrun):
+    arguments = ["--model", checkpoint, "--token-ids", "5,6,7", "--max-new-tokens", "4", "--json"]
+    code, printed, logs = msrun(2, WORKER.parents[2] / "tools" / "generate.py", *arguments, "--tensor-parallel", "2")
+    assert code == 0, printed[-3000:]
+    assert [(logs / f"worker_{rank}.log").read_text().count('{"token_ids": [') for rank in (0, 1)] == [1, 0]

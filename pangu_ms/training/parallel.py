@@ -1,0 +1,77 @@
+"""What training needs besides the collectives in the layers where several ranks share a model.
+
+Gradients need nothing more: behind every `Copy` ranks have the same gradient of the same values, so what they all hold
+stays the same on all of them, and of what is divided each rank has the gradient of its part.
+"""
+import math
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from pangu_ms.checkpoint.names import parameters
+from pangu_ms.model.parallel import own_part
+from pangu_ms.ops import operator
+
+
+class SharedCrossEntropy(nn.Cell):
+    """The operator `cross_entropy` where each tensor parallel rank has the logits of its range of the vocabulary."""
+
+    def __init__(self, config, parallel):
+        super().__init__()
+        self.count = config.vocab_size // parallel.tensor
+        self.first = parallel.tensor_rank * self.count
+        self.linear = operator("linear", config.compute_dtype)
+        self.copy, self.reduce, self.gather = parallel.copy("tensor"), parallel.reduce("tensor"), parallel.gather()
+
+    def construct(self, hidden, weight, labels, mask):
+        """hidden [B, T, H], normed, weight [V / ranks, H], labels int32 [B, T], mask float32 [B, T] -> [B, T]."""
+        logits = ops.cast(self.linear(self.copy(hidden), weight), ms.float32)   # [B, T, V / ranks]
+        largest = self.gather(ops.stop_gradient(ops.ReduceMax(True)(logits, -1)))               # [B, T, ranks]
+        logits = logits - ops.stop_gradient(ops.ReduceMax(True)(largest, -1))
+        own, place = own_part(labels, self.first, self.count)
+        chosen = ops.squeeze(ops.gather_elements(logits, -1, ops.expand_dims(place, -1)), -1)
+        chosen = self.reduce(ops.select(own, chosen, ops.zeros_like(chosen)))
+        total = self.reduce(ops.ReduceSum()(ops.exp(logits), -1))
+        return (ops.log(total) - chosen) * mask
+
+
+class SharedSum(nn.Cell):
+    """The sum of a number for each parameter, [P], over all ranks of a model; what several ranks hold counts once."""
+
+    def __init__(self, config, parallel, names):
+        super().__init__()
+        known, sizes = parameters(config), {"tensor": parallel.tensor, "expert": parallel.expert}
+        divided = [{split.over for split in known[name].splits} for name in names]
+        copies = [math.prod(size for dimension, size in sizes.items() if dimension not in over) for over in divided]
+        self.share = ms.Tensor([1 / count for count in copies], ms.float32)
+        self.over_tensor, self.over_expert = parallel.reduce("tensor"), parallel.reduce("expert")
+
+    def construct(self, values):
+        total = ops.sum(values * self.share, -1, keepdim=True)                  # [1]: a scalar is no message
+        return self.over_expert(self.over_tensor(total))[0]
+
+
+def divided_axes(config):
+    """Name -> "rows" or "columns": the axis along which tensor parallel ranks divide a parameter's matrices."""
+    return {name: split.axis for name, parameter in parameters(config).items()
+            for split in parameter.splits if split.over == "tensor"}
+
+
+class Matrices(nn.Cell):
+    """Whole matrices from the parts that tensor parallel ranks hold, and back: x float32 [G, rows, columns]."""
+
+    def __init__(self, parallel, axis):
+        super().__init__()
+        self.gather, self.rank, self.ranks = parallel.gather(), parallel.tensor_rank, parallel.tensor
+        self.by_rows = axis == "rows"
+
+    def construct(self, x):
+        return ops.swapaxes(self.gather(ops.swapaxes(x, 1, 2)), 1, 2) if self.by_rows else self.gather(x)
+
+    def part(self, x):
+        groups, rows, columns = x.shape
+        if self.by_rows:
+            rows = rows // self.ranks
+            return ops.slice(x, (0, self.rank * rows, 0), (groups, rows, columns))
+        columns = columns // self.ranks
+        return ops.slice(x, (0, 0, self.rank * columns), (groups, rows, columns))
