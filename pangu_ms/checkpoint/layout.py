@@ -6,6 +6,8 @@ matrices (see `names.Parameter`), so that moving between any two layouts is inte
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from pangu_ms.checkpoint.names import Parameter, mtp_copies, parameters
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import CheckpointError
@@ -55,6 +57,14 @@ class Grid:
     def place(self, rank: int) -> dict[str, tuple[int, int]]:
         """Parallel dimension -> (this rank's index in it, its size)."""
         return {"tensor": (rank % self.tensor, self.tensor), "expert": (rank // self.tensor, self.expert)}
+
+
+def cut(whole: np.ndarray, stored: Stored) -> np.ndarray:
+    """What a rank stores of a parameter's array: a view of it."""
+    first, last = stored.parts[0], stored.parts[-1]
+    rows, columns = slice(first.row, first.row + first.rows), slice(first.column, first.column + first.columns)
+    members = (slice(first.member, last.member + 1),) if stored.parameter.stacked else ()
+    return whole[members + ((rows, columns) if len(stored.parameter.member_shape) == 2 else (rows,))]
 
 
 def released(config: PanguConfig, copies: bool = True) -> list[Stored]:

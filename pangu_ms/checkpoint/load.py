@@ -82,6 +82,11 @@ def read_parameters(directory: str | os.PathLike, config: PanguConfig, dtype: st
 
 
 def read_config(directory: str | os.PathLike) -> PanguConfig:
-    """The config of a checkpoint directory of any layout: a sliced one has it in each rank."""
+    """The config of a checkpoint directory of any layout."""
+    return PanguConfig.from_pretrained(document_directory(directory))
+
+
+def document_directory(directory: str | os.PathLike) -> str:
+    """Where config.json and the tokenizer of a checkpoint lie: a sliced one has them in each rank."""
     ranks = rank_directories(os.fspath(directory)) if os.path.isdir(directory) else []
-    return PanguConfig.from_pretrained(ranks[0] if ranks else directory)
+    return ranks[0] if ranks else os.fspath(directory)

@@ -109,7 +109,7 @@ def layer_activations(config: PanguConfig, parallel: Parallel, work: Work, plan:
         copies = (rows if calls.decode else rows / BLOCK) * plain
         found["expert_copies"] = copies * 3 * hidden * width * d
         found["shared_and_router"] = tokens * (shared * width * (3 * d + 2 * wide) + 3 * 4 * c.n_routed_experts)
-        if parallel.expert > 1:                                         # all tokens of the copy, and their sums
+        if parallel.expert > 1 and work.phase == "train":               # all tokens of the copy, and their sums
             found["gathered_tokens"] = work.group_sequences(parallel) * calls.rows * hidden * 2 * d
     else:
         found["dense_mlp"] = tokens * c.intermediate_size // parallel.tensor * (3 * d + 2 * wide)

@@ -88,7 +88,8 @@ def collective_bytes(config: PanguConfig, parallel: Parallel, work: Work, calls:
     the MLP's input, the head's input. Recompute sums the forward's again.
 
     expert: each MoE layer gathers the tokens of all expert ranks with their choices (id and weight, 8 bytes each), and
-    scatters the sums of the experts' outputs. The backward does the same the other way.
+    scatters the sums of the experts' outputs. The backward does the same the other way. In inference all have the
+    same tokens, and the outputs are summed.
 
     data: gradients are summed over the ranks that hold the same values: `dp` for experts, `dp * ep` for all else. A
     sharded optimizer scatters the sums and gathers the parameters instead, which is as much.
@@ -108,7 +109,7 @@ def collective_bytes(config: PanguConfig, parallel: Parallel, work: Work, calls:
         sent = ring(parallel.tensor) * (2 * forward + logits)
     moe = sum(plan.moe for plan in plans)
     group = work.group_sequences(parallel) * calls.tokens
-    layer = group * (hidden + 8 * c.num_experts_per_tok) + group * hidden
+    layer = group * (2 * hidden + 8 * c.num_experts_per_tok * train)
     expert = ring(parallel.expert) * moe * layer * ((3 if work.recompute else 2) if train else 1)
     data = 0.0
     if train:

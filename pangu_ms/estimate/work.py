@@ -21,7 +21,8 @@ class Parallel:
     """`data` copies of the model, each on `expert` * `tensor` devices (rank = expert rank * tensor + tensor rank).
 
     Tensor ranks share heads, the width of MLPs and experts, and the vocabulary. Expert ranks share the routed experts
-    and hold all else `expert` times, so that each takes sequences of its own: `replicas` sets of them run at once.
+    and hold all else `expert` times. In training each takes sequences of its own: `replicas` sets of them run at once.
+    In inference all ranks of a copy compute the same sequences.
     """
 
     data: int = 1
@@ -106,7 +107,7 @@ class Work:
 
     def sequences(self, parallel: Parallel) -> int:
         """On the busiest device."""
-        return -(-self.batch // parallel.replicas)
+        return -(-self.batch // (parallel.replicas if self.phase == "train" else parallel.data))
 
     def group_sequences(self, parallel: Parallel) -> int:
         """In one copy of the model: what its experts see."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import pangu_ms
+from pangu_ms.checkpoint.load import document_directory
 from pangu_ms.config import COMPUTE_DTYPES, PanguConfig
 from pangu_ms.errors import PanguError, one_line
 from pangu_ms.generation.chat import ChatTemplate, ReplyParser
@@ -118,9 +119,10 @@ def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
 
 def run(arguments: argparse.Namespace) -> None:
     """Everything that a look at small files can refuse is refused before MindSpore is imported."""
-    config = PanguConfig.from_pretrained(arguments.model)
-    tokenizer = find_tokenizer(arguments)
-    template = ChatTemplate(arguments.model) if arguments.chat else None
+    directory = document_directory(arguments.model)
+    config = PanguConfig.from_pretrained(directory)
+    tokenizer = find_tokenizer(arguments, directory)
+    template = ChatTemplate(directory) if arguments.chat else None
     thinking = arguments.thinking != "off"
     ids = read_prompt(arguments, tokenizer, template, thinking)
     # A conversation has no prompt yet: one of a single token shows whether any could be answered.
@@ -128,10 +130,10 @@ def run(arguments: argparse.Namespace) -> None:
     sampling = Sampling(**{name: getattr(arguments, name) for name in SAMPLING},
                         vocab_size=tokenizer.vocab_size if tokenizer else None)
     StopStrings(arguments.stop)
-    eos_token_ids = find_eos_token_ids(config, arguments.model) + (template.stop_token_ids if template else ())
+    eos_token_ids = find_eos_token_ids(config, directory) + (template.stop_token_ids if template else ())
 
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only, unless the user wants more
-    parallel = find_parallel(arguments)
+    parallel = find_parallel(arguments, config)
     model = pangu_ms.PanguForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype,
                                                       progress=sys.stderr.isatty(), parallel=parallel)
 
@@ -167,22 +169,24 @@ def run(arguments: argparse.Namespace) -> None:
         show_stats(last, arguments.stats)
 
 
-def find_tokenizer(arguments: argparse.Namespace):
+def find_tokenizer(arguments: argparse.Namespace, directory: str):
     """The directory's tokenizer: needed for a text, welcome with ids."""
-    if arguments.token_ids is None or tokenizer_file(arguments.model):
-        return load_tokenizer(arguments.model)
+    if arguments.token_ids is None or tokenizer_file(directory):
+        return load_tokenizer(directory)
     if arguments.stop:
-        raise PanguError(f"{arguments.model}: --stop needs a tokenizer, and there is none: add it or leave --stop out")
+        raise PanguError(f"{directory}: --stop needs a tokenizer, and there is none: add it or leave --stop out")
     return None
 
 
-def find_parallel(arguments: argparse.Namespace):
+def find_parallel(arguments: argparse.Namespace, config: PanguConfig):
     """This process's place among those that share the model; None where there is one."""
     sizes = arguments.tensor_parallel, arguments.expert_parallel
     if sizes == (1, 1):
         return None
     from pangu_ms.model.parallel import Parallel
-    return Parallel.start(*sizes)
+    parallel = Parallel(*sizes)
+    parallel.check(config)
+    return parallel.start()
 
 
 def read_prompt(arguments: argparse.Namespace, tokenizer, template, thinking: bool) -> list[int] | None:

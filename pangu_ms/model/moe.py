@@ -23,17 +23,19 @@ class Experts(nn.Cell):
         count, hidden = config.n_routed_experts // parallel.expert, config.hidden_size
         width = config.moe_intermediate_size // parallel.tensor
         self.first = parallel.expert_rank * count
-        self.copy, self.reduce = parallel.copy("expert"), parallel.reduce("expert")
+        self.see, self.give_back = parallel.to_experts()
+        self.divided = parallel.expert > 1
         self.gate_proj = Stack(count, hidden, width, config)
         self.up_proj = Stack(count, hidden, width, config)
         self.down_proj = Stack(count, width, hidden, config)
         self.many_tokens = operator("many_tokens", config.compute_dtype)
 
     def construct(self, x, ids, weights):
-        if self.first > 0:
-            ids = ids - self.first
-        return self.reduce(self.many_tokens(self.copy(x), ids, self.copy(weights), self.gate_proj.weight,
-                                            self.up_proj.weight, self.down_proj.weight))
+        if self.divided:
+            x, weights = self.see(x), self.see(weights)
+            ids = ops.cast(self.see(ops.cast(ids, ms.float32)), ms.int32) - self.first      # a message is float
+        return self.give_back(self.many_tokens(x, ids, weights, self.gate_proj.weight, self.up_proj.weight,
+                                               self.down_proj.weight))
 
 
 class MoE(nn.Cell):

@@ -36,8 +36,8 @@ class MTPLayer(nn.Cell):
     def construct(self, embedding, hidden, rows, memory):
         """embedding [B, T, H] of the tokens `depth` ahead, hidden [B, T, H] of the depth before -> hidden, routing.
 
-        Hidden is un-normed. Row p keeps position p. `shared_head` of the result goes to the trunk's lm_head; the result itself to the next
-        depth.
+        Hidden is un-normed. Row p keeps position p. `shared_head` of the result goes to the trunk's lm_head; the result
+        itself to the next depth.
         """
         x = self.eh_proj(ops.cat((self.enorm(embedding), self.hnorm(hidden)), -1))          # embedding first
         attn, _ = self.self_attn(self.input_layernorm(x), rows, memory)

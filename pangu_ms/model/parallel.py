@@ -1,19 +1,18 @@
 """One network on several processes: which rank holds what, and the collectives between its layers.
 
 Tensor parallel ranks share heads, the rows and columns of the feed-forward layers, and the vocabulary; expert parallel
-ranks share the routed experts. Together they form one model and see the same tokens; data parallel ranks are copies of
-it. What a rank holds is cut as `pangu-convert --tensor-parallel --expert-parallel` cuts it; everything else, and so the
-hidden vector between two sublayers, is the same on all ranks of a model.
-
-A sum of parts is the one collective used: a CPU has no other for less than all processes.
+ranks share the routed experts. Together they form one model; data parallel ranks are copies of it. What a rank holds
+is cut as `pangu-convert --tensor-parallel --expert-parallel` cuts it; everything else, and so the hidden vector between
+two sublayers, is the same on all tensor parallel ranks. Expert parallel ranks see the same tokens in inference; in
+training each has sequences of its own, whose tokens meet at the experts.
 """
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mindspore as ms
 import numpy as np
-from mindspore import communication, nn, ops
+from mindspore import communication, context, nn, ops
 
 from pangu_ms.errors import ConfigError
 
@@ -25,39 +24,50 @@ SHARED = {  # what the ranks of a dimension divide among them
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process's place: rank = (data_rank * expert + expert_rank) * tensor + tensor_rank.
+    """A process's place: rank = (data_rank * expert + expert_rank) * tensor + tensor_rank.
 
     Attributes:
         tensor, expert, data: ranks in each dimension.
-        rank: of this process, of tensor * expert * data.
+        own_sequences: expert parallel ranks see different sequences, as in training.
+        rank: of this process, of tensor * expert * data; known once it has started.
     """
 
     tensor: int = 1
     expert: int = 1
     data: int = 1
+    own_sequences: bool = False
     rank: int = 0
 
-    @classmethod
-    def start(cls, tensor=1, expert=1, data=1):
-        """The place of this process among those that msrun has started, ready to talk to the others.
-
-        Raises:
-            ConfigError: there are more or fewer processes than the product of the sizes.
-        """
-        for name, size in (("tensor", tensor), ("expert", expert), ("data", data)):
+    def __post_init__(self):
+        for name in ("tensor", "expert", "data"):
+            size = getattr(self, name)
             if type(size) is not int or size < 1:
                 raise ConfigError(f"{name} parallel is {size!r}: wanted a whole number of at least 1")
-        processes, wanted = int(os.environ.get("MS_WORKER_NUM", "1")), tensor * expert * data
-        if processes != wanted:
-            raise ConfigError(f"tensor {tensor} x expert {expert} x data {data} parallel makes {wanted} processes, and "
-                              f"this run has {processes}: start it by msrun --worker_num={wanted} "
-                              f"--local_worker_num={wanted}")
-        if processes == 1:
-            return cls()
-        # A rank that still compiles lets the others wait, and MindSpore on a CPU gives up after a short while.
-        os.environ.setdefault("MS_RECEIVE_MSG_TIMEOUT", "3600")               # seconds
+
+    @property
+    def ranks(self):
+        return self.tensor * self.expert * self.data
+
+    def check_processes(self):
+        """`ConfigError` when msrun has started more or fewer processes than there are ranks."""
+        processes = int(os.environ.get("MS_WORKER_NUM", "1"))
+        if processes != self.ranks:
+            raise ConfigError(f"tensor {self.tensor} x expert {self.expert} x data {self.data} parallel makes "
+                              f"{self.ranks} processes, and this run has {processes}: start it by msrun "
+                              f"--worker_num={self.ranks} --local_worker_num=(those on this machine)")
+
+    def start(self):
+        """This process's place among those that msrun has started, ready to talk to the others."""
+        self.check_processes()
+        if self.ranks == 1:
+            return self
         communication.init()
-        return cls(tensor, expert, data, communication.get_rank())
+        return replace(self, rank=communication.get_rank())
+
+    def wait(self):
+        """Returns when all ranks have called it."""
+        if self.ranks > 1:
+            ops.AllReduce()(ms.Tensor([1.0], ms.float32)).asnumpy()             # a CPU has no barrier
 
     def check(self, config):
         """`ConfigError` when ranks would cut through a head, a row or an expert; it says which sizes would fit."""
@@ -78,24 +88,50 @@ class Parallel:
         return self.rank // self.tensor % self.expert
 
     @property
+    def data_rank(self):
+        return self.rank // (self.tensor * self.expert)
+
+    @property
     def model_rank(self):
         """Among the ranks of one model: the number of its directory in a sliced checkpoint."""
         return self.rank % (self.tensor * self.expert)
 
+    @property
+    def batch(self):
+        """How many ranks have different sequences."""
+        return self.data * self.expert if self.own_sequences else self.data
+
+    def size(self, dimension):
+        return self.batch if dimension == "batch" else getattr(self, dimension)
+
     def copy(self, dimension):
-        return Copy(self.group(dimension)) if getattr(self, dimension) > 1 else nn.Identity()
+        return Copy(self.group(dimension)) if self.size(dimension) > 1 else nn.Identity()
 
     def reduce(self, dimension):
-        return Reduce(self.group(dimension)) if getattr(self, dimension) > 1 else nn.Identity()
+        return Reduce(self.group(dimension)) if self.size(dimension) > 1 else nn.Identity()
 
     def gather(self):
-        """Over the tensor parallel ranks."""
-        return Gather(self.group("tensor"), self.tensor_rank, self.tensor) if self.tensor > 1 else nn.Identity()
+        """The last axis, of which each tensor parallel rank has a part."""
+        return GatherColumns(*self._members("tensor")) if self.tensor > 1 else nn.Identity()
+
+    def to_experts(self):
+        """What every expert parallel rank must see of x [B, ...], and the way back for what their experts made of it:
+
+        all their sequences, and of the sums over all ranks the own sequences; if they have the same, x, and the sum.
+        """
+        if self.expert > 1 and self.own_sequences:
+            members = self._members("expert")
+            return Gather(*members), Scatter(*members)
+        return self.copy("expert"), self.reduce("expert")
 
     def group(self, dimension):
-        """The name of this rank's group: all ranks whose other coordinates are the same."""
-        step = {"tensor": 1, "expert": self.tensor, "data": self.tensor * self.expert}[dimension]
-        size = getattr(self, dimension)
+        """The name of this rank's group: those whose other coordinates are the same.
+
+        dimension: "tensor", "expert", "data", or "batch": all that have other sequences, of the same part of the model.
+        """
+        model = self.tensor * self.expert
+        step = {"tensor": 1, "expert": self.tensor, "data": model, "batch": self.tensor if self.own_sequences else model}
+        step, size = step[dimension], self.size(dimension)
         first = self.rank - self.rank // step % size * step
         ranks = [first + i * step for i in range(size)]
         name = f"pangu_{dimension}_" + "_".join(map(str, ranks))
@@ -103,6 +139,9 @@ class Parallel:
             communication.create_group(name, ranks)
             _groups.add(name)
         return name
+
+    def _members(self, dimension):
+        return self.group(dimension), getattr(self, f"{dimension}_rank"), self.size(dimension)
 
 
 _groups = set()  # made in this process, of which no name may be made twice
@@ -137,17 +176,79 @@ class Reduce(nn.Cell):
 
 
 class Gather(nn.Cell):
-    """x float32 [B, T, D], a part on each rank -> [B, T, ranks * D] on all of them, in their order. No gradient."""
+    """x [B, ...], other rows on each rank -> [ranks * B, ...] on all of them, in their order."""
 
     def __init__(self, group, index, ranks):
         super().__init__()
-        self.ranks = ranks
-        self.place = ms.Tensor(np.eye(ranks, dtype=np.float32)[index][:, None])                 # [ranks, 1]
+        self.all_of, self.own_of_sum = _all_of(group, index, ranks), _own_of_sum(group, index, ranks)
+
+    def construct(self, x):
+        return self.all_of(x)
+
+    def bprop(self, x, out, dout):
+        return (self.own_of_sum(dout),)
+
+
+class Scatter(nn.Cell):
+    """x [ranks * B, ...] -> the own rows [B, ...] of its sum over the ranks."""
+
+    def __init__(self, group, index, ranks):
+        super().__init__()
+        self.all_of, self.own_of_sum = _all_of(group, index, ranks), _own_of_sum(group, index, ranks)
+
+    def construct(self, x):
+        return self.own_of_sum(x)
+
+    def bprop(self, x, out, dout):
+        return (self.all_of(dout),)
+
+
+class GatherColumns(nn.Cell):
+    """x [A, B, D], a part on each rank -> [A, B, ranks * D] on all of them, in their order. No gradient."""
+
+    def __init__(self, group, index, ranks):
+        super().__init__()
+        self.ranks, self.all_of = ranks, _all_of(group, index, ranks)
+
+    def construct(self, x):
+        parts = ops.reshape(self.all_of(x), (self.ranks, x.shape[0], -1, x.shape[2]))
+        return ops.reshape(ops.transpose(parts, (1, 2, 0, 3)), (x.shape[0], -1, self.ranks * x.shape[2]))
+
+
+def _all_of(group, index, ranks):
+    on_ascend = context.get_context("device_target") == "Ascend"
+    return ops.AllGather(group) if on_ascend else _AllOfBySum(group, index, ranks)
+
+
+def _own_of_sum(group, index, ranks):
+    on_ascend = context.get_context("device_target") == "Ascend"
+    return ops.ReduceScatter(group=group) if on_ascend else _OwnOfSum(group, index, ranks)
+
+
+class _AllOfBySum(nn.Cell):
+    """AllGather along the first axis for a CPU, which has it for the group of all processes alone."""
+
+    def __init__(self, group, index, ranks):
+        super().__init__()
+        self.place = ms.Tensor(np.eye(ranks, dtype=np.float32)[index])          # [ranks]
         self.sum = ops.AllReduce(group=group)
 
     def construct(self, x):
-        parts = self.sum(ops.expand_dims(x, -2) * self.place)                   # the others' places hold zeros
-        return ops.reshape(parts, (x.shape[0], -1, self.ranks * x.shape[-1]))
+        place = ops.cast(ops.reshape(self.place, (-1,) + (1,) * x.ndim), x.dtype)
+        parts = self.sum(ops.expand_dims(x, 0) * place)                         # the others' places hold zeros
+        return ops.reshape(parts, (-1,) + x.shape[1:])
+
+
+class _OwnOfSum(nn.Cell):
+    """ReduceScatter along the first axis for a CPU, which has none."""
+
+    def __init__(self, group, index, ranks):
+        super().__init__()
+        self.index, self.ranks, self.sum = index, ranks, ops.AllReduce(group=group)
+
+    def construct(self, x):
+        parts = ops.reshape(self.sum(x), (self.ranks, -1) + x.shape[1:])
+        return parts[self.index]
 
 
 def own_part(ids, first, count):

@@ -15,6 +15,7 @@ import numpy as np
 from mindspore.train import Callback
 from tqdm import tqdm
 
+from pangu_ms.checkpoint.layout import Grid
 from pangu_ms.errors import PanguError
 from pangu_ms.training.state import LOG_FILE, RunState, save_checkpoint
 
@@ -30,7 +31,8 @@ class Run:
         steps: where the run ends, counted from its very beginning.
         start: steps that were done before this process.
         sequences_per_step: on all devices.
-        rank: of this process; rank 0 logs and saves.
+        sequences: that steps before this process had.
+        rank: of this process; rank 0 logs.
         tokenizer: a directory, copied into checkpoints.
     """
 
@@ -40,6 +42,7 @@ class Run:
     steps: int
     start: int
     sequences_per_step: int
+    sequences: int = 0
     rank: int = 0
     tokenizer: str | None = None
 
@@ -115,12 +118,13 @@ class PanguCheckpoint(Callback):
 
     def _save(self, network, step):
         run, model = network.run, network.gradients.forward.causal_lm
-        if run.rank != 0:
-            return
+        parallel = model.parallel
         weights, optimizer = split_parameters(network)
         arrays = [{name: parameter.asnumpy() for name, parameter in found.items()} for found in (weights, optimizer)]
         state = RunState(step, step * run.sequences_per_step, run.seed, run.fields)
-        save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer)
+        save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer,
+                        Grid(parallel.tensor, parallel.expert),
+                        parallel.model_rank if parallel.data_rank == 0 else None, parallel.wait)
 
 
 def split_parameters(network):

@@ -16,6 +16,9 @@ class TrainingForward(nn.Cell):
     position_ids begin at 0 with each, and attention, convolutions and MTP labels stay inside. -> the total, a scalar;
     its parts [P], named by `part_names`, without their weights; load [M, E], tokens by MoE layer and expert.
 
+    Where several ranks have sequences of their own, their totals and parts are to be averaged, and give what all the
+    sequences would together.
+
     With the indexer's dense loss, the warm-up, nothing else is computed, and only the indexers are trainable.
     """
 
@@ -42,6 +45,7 @@ class TrainingForward(nn.Cell):
         self.cross_entropy = operator("cross_entropy", config.compute_dtype)
         if causal_lm.parallel.tensor > 1:
             self.cross_entropy = SharedCrossEntropy(config, causal_lm.parallel)
+        self.ranks, self.sum = causal_lm.parallel.batch, causal_lm.parallel.reduce("batch")
         self.part_names, self.weights = self._plan(settings)
         for name, parameter in causal_lm.parameters_and_names():
             routed_by_count = name.endswith("e_score_correction_bias")          # moved by counts, never by gradient
@@ -91,6 +95,7 @@ class TrainingForward(nn.Cell):
         return ops.sum(parts * self.weights), ops.stop_gradient(parts), ops.stop_gradient(loads)
 
     def _cross_entropy(self, normed, labels, mask):
-        """The mean over the rows where mask is one; 0 where it never is."""
+        """The mean over the rows of all ranks where mask is one, 0 where it never is; of it, `ranks` times the own share."""
         loss = self.cross_entropy(normed, self.causal_lm.lm_head.weight, labels, mask)
-        return ops.sum(loss) / ops.maximum(ops.sum(mask), 1.0)
+        counted = self.sum(ops.reshape(ops.sum(mask), (1,)))[0]                 # a scalar is no message
+        return ops.sum(loss) * self.ranks / ops.maximum(counted, 1.0)

@@ -4,6 +4,8 @@ import math
 import mindspore as ms
 import numpy as np
 
+from pangu_ms.checkpoint.layout import Grid, cut, sliced
+from pangu_ms.checkpoint.names import parameters
 from pangu_ms.training.settings import TrainingSettings
 
 MHC_ALPHA = 0.01
@@ -19,10 +21,12 @@ def initialize(causal_lm, seed, settings=TrainingSettings()):
     selection bias. A hyper-connection reads a little more of stream l mod N than of the others for layer l, writes to
     all streams alike, and leaves a little more of each stream in its place.
     """
-    config, draw = causal_lm.config, np.random.default_rng(seed)
+    config, parallel, draw = causal_lm.config, causal_lm.parallel, np.random.default_rng(seed)
+    grid, known = Grid(parallel.tensor, parallel.expert), parameters(config)
     for name, parameter in sorted(causal_lm.parameters_dict().items()):
-        values = _values(name, parameter.shape, config, settings, draw)
-        parameter.set_data(ms.Tensor(values.astype(np.float32)).astype(parameter.dtype))
+        values = _values(name, known[name].shape, config, settings, draw)       # on all ranks, of which each has a part
+        values = cut(values, sliced(known[name], grid, parallel.model_rank)).astype(np.float32)
+        parameter.set_data(ms.Tensor(values).astype(parameter.dtype))
 
 
 def _values(name, shape, config, settings, draw):

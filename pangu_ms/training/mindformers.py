@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -19,14 +20,17 @@ from mindformers.models import PretrainedConfig, PreTrainedModel
 from mindformers.parallel_core.utils.model_mixin import ModelMixin, TrainModelMixin
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
 from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS, ConfigTemplate, GeneralConfig
-from mindformers.tools.utils import get_real_group_size, get_real_rank
+from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore import ops
 from mindspore.dataset import GeneratorDataset
 
+from pangu_ms.checkpoint.layout import Grid
+from pangu_ms.checkpoint.load import read_config
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import ConfigError, PanguError, check_section
 from pangu_ms.model.causal_lm import PanguForCausalLM
+from pangu_ms.model.parallel import Parallel
 from pangu_ms.training.callbacks import PanguCheckpoint, PanguMonitor, Run, source_of, split_parameters
 from pangu_ms.training.chat_data import read_chats
 from pangu_ms.training.data import read_texts
@@ -40,8 +44,9 @@ from pangu_ms.training.step import TrainStep
 
 COLUMNS = ["input_ids", "labels", "loss_mask", "position_ids"]
 MODEL_KEYS = [name for name in PanguConfig.__dataclass_fields__ if name not in ("extra", "implied")]
-# A resumed run may have these otherwise: they change what is written and where, not what is computed.
-FREE_KEYS = ("output_dir", "callbacks")
+# A resumed run may have these otherwise: they change where things are written and computed, not what.
+FREE_KEYS = ("output_dir", "callbacks", "use_parallel", "parallel", "parallel_config", "runner_config.batch_size",
+             "runner_config.gradient_accumulation_steps")
 
 for callback in (PanguMonitor, PanguCheckpoint):
     MindFormerRegister.register_cls(callback, MindFormerModuleType.CALLBACK)
@@ -53,11 +58,12 @@ class PanguModelConfig(PretrainedConfig):
 
     model_type = "openpangu_v2"
 
-    def __init__(self, pangu_training=None, pangu_weights=None, pangu_seed=0, **fields):
+    def __init__(self, pangu_training=None, pangu_weights=None, pangu_seed=0, pangu_parallel=None, **fields):
         super().__init__(architectures=["OpenPanguV2ForCausalLM"])
         known = {name: fields[name] for name in MODEL_KEYS if name in fields}
         self.fields = {name: dict(value) if isinstance(value, dict) else value for name, value in known.items()}
         self.pangu_training, self.pangu_weights, self.pangu_seed = pangu_training or {}, pangu_weights, pangu_seed
+        self.pangu_parallel = pangu_parallel
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS, legacy=False)
@@ -76,9 +82,9 @@ class OpenPanguV2ForCausalLM(TrainModelMixin, PreTrainedModel, ModelMixin):
         super().__init__(config, auto_prefix=False)
         settings = TrainingSettings.from_dict(config.pangu_training)
         if config.pangu_weights:
-            model = load(config.pangu_weights, config.fields)
+            model = load(config.pangu_weights, config.fields, config.pangu_parallel)
         else:
-            model = PanguForCausalLM(PanguConfig.from_dict(config.fields))
+            model = PanguForCausalLM(PanguConfig.from_dict(config.fields), config.pangu_parallel)
             initialize(model, config.pangu_seed, settings)
         self.training_forward = TrainingForward(model, settings)
         self.transformer_config = SimpleNamespace(
@@ -96,15 +102,16 @@ class OpenPanguV2ForCausalLM(TrainModelMixin, PreTrainedModel, ModelMixin):
         return first, losses[:, 1], losses[:, 2], losses[:, 3]
 
 
-def load(directory, fields):
+def load(directory, fields, parallel=None):
     """The model of a checkpoint directory; `ConfigError` when `fields` say otherwise than its config.json."""
-    config = PanguConfig.from_pretrained(directory)
+    config = read_config(directory)
     for name, value in fields.items():
         value, found = tuple(value) if isinstance(value, list) else value, getattr(config, name)
         if name not in ("compute_dtype", "dtype", "torch_dtype") and value != found:
             raise ConfigError(f"model.model_config.{name}: found {value!r}, but {directory} has {found!r}; leave out "
                               "of model_config what the checkpoint says")
-    return PanguForCausalLM.from_pretrained(directory, dtype=fields.get("compute_dtype", "float32"))
+    dtype = fields.get("compute_dtype", "float32")
+    return PanguForCausalLM.from_pretrained(directory, dtype=dtype, parallel=parallel)
 
 
 @MindFormerRegister.register(MindFormerModuleType.DATASET_LOADER)
@@ -117,15 +124,17 @@ class PanguJsonlLoader:
         seq_length: tokens in a sequence.
         documents: "texts" or "chats": what the lines hold, see `pangu_ms.training.data` and `.chat_data`.
         seed: of the order; the run's where it is not given.
-        epochs, num_shards, shard_id: from the trainer.
+        epochs, tensor_parallel, num_shards, shard_id: from the trainer. Tensor parallel ranks get the same sequences.
     """
 
-    def __new__(cls, path, tokenizer, seq_length, documents="texts", seed=0, epochs=1, num_shards=None, shard_id=None,
-                **_):
+    def __new__(cls, path, tokenizer, seq_length, documents="texts", seed=0, epochs=1, tensor_parallel=1,
+                num_shards=None, shard_id=None, **_):
         if documents not in ("texts", "chats"):
             raise ConfigError(f"train_dataset.data_loader.documents: found {documents!r}, wanted texts or chats")
         read = read_texts if documents == "texts" else read_chats
         source = _Epochs(read(path, tokenizer), seq_length, seed, epochs)
+        if num_shards is not None:
+            num_shards, shard_id = num_shards // tensor_parallel, shard_id // tensor_parallel
         return GeneratorDataset(source, COLUMNS, shuffle=False, num_parallel_workers=1, python_multiprocessing=False,
                                 num_shards=num_shards, shard_id=shard_id)
 
@@ -168,10 +177,6 @@ class PanguTrainStep(TrainStep):
                  **_):
         super().__init__(_ours(network).training_forward, optimizer, accumulation,
                          max_grad_norm if use_clip_grad else None, bias_update_rate)
-        if ms.get_auto_parallel_context("parallel_mode") == ms.ParallelMode.DATA_PARALLEL:
-            self.gradients = _Shared(self.gradients, optimizer.parameters, get_real_group_size())
-            if accumulation > 1:
-                self.add.gradients = self.gradients
 
     def __call__(self, *batch):
         if self.accumulation == 1:
@@ -182,20 +187,6 @@ class PanguTrainStep(TrainStep):
         total, parts, norm, load = ([output.asnumpy() for output in outputs] for outputs in zip(*outputs))
         means = np.mean(total), np.mean(parts, 0), norm[-1], np.sum(load, 0)
         return tuple(ms.Tensor(values, ms.float32) for values in means)
-
-
-class _Shared(ms.nn.Cell):
-    """`Gradients` of a batch of which each device has a part: means over devices, and the sum of the load."""
-
-    def __init__(self, gradients, weights, devices):
-        super().__init__(auto_prefix=False)
-        self.gradients, self.forward, self.devices = gradients, gradients.forward, devices
-        self.sum, self.mean = ops.AllReduce(), ms.nn.DistributedGradReducer(weights, True, devices)
-
-    def construct(self, input_ids, labels, loss_mask, position_ids):
-        total, parts, load, gradients = self.gradients(input_ids, labels, loss_mask, position_ids)
-        total = self.sum(ops.expand_dims(total, 0))[0]                          # a scalar is no message
-        return total / self.devices, self.sum(parts) / self.devices, self.sum(load), self.mean(gradients)
 
 
 def _ours(network):
@@ -213,11 +204,12 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         run: the `Run`, as far as it is known before data and network are.
         resume: the directory of the checkpoint to go on from.
         weights: a checkpoint directory whose weights the model starts from.
+        parallel (Parallel): this process's place.
     """
 
-    def __init__(self, model_name=None, run=None, resume=None, weights=None):
+    def __init__(self, model_name=None, run=None, resume=None, weights=None, parallel=Parallel()):
         super().__init__(model_name)
-        self.run, self.resume, self.weights = run, resume, weights
+        self.run, self.resume, self.weights, self.parallel = run, resume, weights, parallel
 
     def _check_grad_accumulation_steps(self):
         """Theirs resets accumulation to 1 unless parallel_mode is semi_auto_parallel; ours is in `TrainStep`."""
@@ -241,10 +233,15 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         if not isinstance(source, _Epochs):
             dataset = dataset.repeat(config.runner_config.epochs)
         config.runner_config.epochs = 1
-        self.run.steps, self.run.sequences_per_step = dataset.get_dataset_size(), self.global_batch_size
+        # Theirs counts every device's batch; tensor parallel ranks have the same one.
+        batch = self.global_batch_size // self.parallel.tensor
+        self.run.steps, self.run.sequences_per_step = dataset.get_dataset_size(), batch
         if not self.run.steps:
-            raise ConfigError("train_dataset: has fewer sequences than the global batch of "
-                              f"{self.global_batch_size}; lower runner_config.batch_size or bring more data")
+            raise ConfigError(f"train_dataset: has fewer sequences than the global batch of {batch}; lower "
+                              "runner_config.batch_size or bring more data")
+        if self.run.start and self.run.sequences != self.run.start * batch:
+            raise ConfigError(f"runner_config.batch_size: makes steps of {batch} sequences on all devices, but those of "
+                              f"{self.resume} had {self.run.sequences // self.run.start}; give as many")
         if self.run.start >= self.run.steps:
             raise PanguError(f"{self.resume}: the run has made all of its {self.run.steps} steps; to train on, begin "
                              "another with load_checkpoint")
@@ -254,7 +251,8 @@ class PanguTrainer(CausalLanguageModelingTrainer):
 
     def create_network(self, default_args=None):
         """The network is told what belongs to it besides `model_config`, and which layers to compute again."""
-        own = {"pangu_training": self.config.pangu_training, "pangu_weights": self.weights, "pangu_seed": self.run.seed}
+        own = {"pangu_training": self.config.pangu_training, "pangu_weights": self.weights, "pangu_seed": self.run.seed,
+               "pangu_parallel": self.parallel}
         network = super().create_network({**(default_args or {}), **own})
         recompute = self.config.recompute_config.recompute if self.config.recompute_config else False
         if type(recompute) is not bool:
@@ -265,22 +263,26 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         return network
 
     def create_optimizer_scheduler(self, network, model_params):
-        """Ours reads sizes of heads from the model's config."""
+        """Ours reads sizes of heads from the model's config, and which of them are on other devices."""
         if self.config.optimizer.type == "PanguMuon":
             self.config.optimizer.config = _ours(network).training_forward.causal_lm.config
+            self.config.optimizer.parallel = self.parallel
         return super().create_optimizer_scheduler(network, model_params)
 
     def create_model_wrapper(self, network, optimizer):
         """The step carries the run's record for the callbacks and, in a resumed run, gets every parameter back."""
         step = super().create_model_wrapper(network, optimizer)
         step.run = self.run
-        for parameters, arrays in zip(split_parameters(step), read_checkpoint(self.resume) if self.resume else ()):
+        grid, rank = Grid(self.parallel.tensor, self.parallel.expert), self.parallel.model_rank
+        saved = read_checkpoint(self.resume, grid, rank) if self.resume else ()
+        for parameters, arrays in zip(split_parameters(step), saved):
             if parameters.keys() != arrays.keys():
                 name = min(parameters.keys() ^ arrays.keys())
                 raise ConfigError(f"{self.resume}: {name} is {'not' if name in parameters else 'only'} there; another "
                                   "version of this package wrote it: begin a new run with load_checkpoint")
             for name, parameter in parameters.items():
-                parameter.set_data(ms.Tensor(arrays[name]))
+                tensor = ms.Tensor(arrays[name])
+                parameter.set_data(tensor.view(ms.bfloat16) if parameter.dtype == ms.bfloat16 else tensor)
         return step
 
 
@@ -295,23 +297,64 @@ def train(fields, output_dir, resume=None, state=None):
     Raises:
         PanguError: an unknown key of one of our sections, or what model, data and callbacks refuse.
     """
-    given = flatten({key: value for key, value in fields.items() if key not in FREE_KEYS})
+    given = {key: value for key, value in flatten(fields).items()
+             if key not in FREE_KEYS and key.partition(".")[0] not in FREE_KEYS}
     given = json.loads(json.dumps(given, default=str))                          # as a checkpoint gives them back
     if state:
         check_fields(resume, state, given)
         fields = fields | {"load_checkpoint": resume, "pretrained_model_dir": ""}
     fields = complete(fields)
     check_keys(fields)
+    parallel = find_parallel(fields)
     run = Run(output_dir, given, fields["seed"], steps=0, start=state.step if state else 0, sequences_per_step=0,
+              sequences=state.sequences if state else 0,
               tokenizer=fields["train_dataset"]["data_loader"].get("tokenizer"))
     config = mindformers_config(copy.deepcopy(fields), output_dir)
     weights = fields.get("load_checkpoint") or fields.get("pretrained_model_dir")
     if fields["run_mode"] == "finetune" and not weights:
         raise ConfigError("run_mode: found finetune without weights; give load_checkpoint or pretrained_model_dir")
-    config.trainer.update(run=run, resume=resume, weights=weights)
     build_context(config)
+    parallel = parallel.start()
+    config.trainer.update(run=run, resume=resume, weights=weights, parallel=parallel)
+    if config.train_dataset.data_loader.type == "PanguJsonlLoader":
+        config.train_dataset.data_loader.tensor_parallel = parallel.tensor
     run.rank = get_real_rank()
     Trainer(config).train()
+
+
+def find_parallel(fields):
+    """How `parallel_config` shares model and batch, before this process knows its rank.
+
+    data_parallel counts sets of sequences, as in MindFormers, where expert parallel ranks are data parallel ranks too.
+
+    Raises:
+        ConfigError: what cannot be shared so, or not by the processes that there are.
+    """
+    given, context = fields.get("parallel_config") or {}, fields.get("parallel") or {}
+    if not fields.get("use_parallel"):
+        return Parallel()
+    for section, key, value, wanted in (
+            ("parallel_config", "pipeline_stage", given.get("pipeline_stage", 1), 1),
+            ("parallel_config", "context_parallel", given.get("context_parallel", 1), 1),
+            ("parallel", "parallel_mode", context.get("parallel_mode", 0), 0),
+            ("parallel", "enable_parallel_optimizer", context.get("enable_parallel_optimizer", False), False)):
+        if value != wanted:
+            raise ConfigError(f"{section}.{key}: found {value!r}, wanted {wanted}: ranks share the network by collectives "
+                              "of its own, for data_parallel, model_parallel and expert_parallel")
+    data, tensor, expert = (given.get(f"{name}_parallel", 1) for name in ("data", "model", "expert"))
+    parallel = Parallel(tensor, expert, data, own_sequences=True)
+    wrapper = fields["runner_wrapper"].get("type")
+    if wrapper != "PanguTrainStep" and parallel.tensor * parallel.expert > 1:
+        raise ConfigError(f"runner_wrapper.type: found {wrapper}, wanted PanguTrainStep, which knows what other devices "
+                          "hold of a model")
+    if data % expert:
+        raise ConfigError(f"parallel_config.expert_parallel: {expert} does not divide data_parallel {data}, whose ranks "
+                          "share the experts")
+    parallel = replace(parallel, data=data // expert)
+    parallel.check(PanguConfig.from_dict({name: value for name, value in fields["model"]["model_config"].items()
+                                          if name in MODEL_KEYS}))
+    parallel.check_processes()
+    return parallel
 
 
 def complete(fields):

@@ -1,7 +1,8 @@
-"""What training needs besides the collectives in the layers where several ranks share a model.
+"""What training needs besides the collectives in the layers where several ranks share a model or a batch.
 
-Gradients need nothing more: behind every `Copy` ranks have the same gradient of the same values, so what they all hold
-stays the same on all of them, and of what is divided each rank has the gradient of its part.
+Gradients of ranks that have the same sequences need nothing more: behind every `Copy` they have the same gradient of
+the same values, so what they all hold stays the same on all of them, and of what is divided each has the gradient of its
+part. Ranks with other sequences take means.
 """
 import math
 
@@ -11,6 +12,28 @@ from mindspore import nn, ops
 from pangu_ms.checkpoint.names import parameters
 from pangu_ms.model.parallel import own_part
 from pangu_ms.ops import operator
+
+
+class BatchMean(nn.Cell):
+    """What ranks with sequences of their own make of them, together: means, but of the experts' load the sum.
+
+    Gradients come in the order of `names`. Those of experts hold all sequences of their expert parallel group already.
+    """
+
+    def __init__(self, config, parallel, names):
+        super().__init__()
+        known, self.share, self.each = parameters(config), 1 / parallel.batch, ops.Map()
+        self.experts = tuple(any(split.over == "expert" for split in known[name].splits) for name in names)
+        self.copies, self.sum = parallel.reduce("data"), parallel.reduce("batch")
+
+    def construct(self, total, parts, load, gradients):
+        total = self.sum(ops.expand_dims(total, 0))[0] * self.share             # a scalar is no message
+        gradients = self.each(ops.partial(_mean, self.copies, self.sum, self.share), self.experts, gradients)
+        return total, self.sum(parts) * self.share, self.sum(load), gradients
+
+
+def _mean(copies, everyone, share, expert, gradient):
+    return (copies(gradient) if expert else everyone(gradient)) * share
 
 
 class SharedCrossEntropy(nn.Cell):

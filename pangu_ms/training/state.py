@@ -6,22 +6,26 @@
         training/optimizer.safetensors, state.json         what it takes besides to go on as if nothing had happened
 
 A directory is written under another name, put on the disk, and renamed; what an interrupted write or removal leaves
-ends in .partial and is never taken for a checkpoint. Needs no MindSpore.
+ends in .partial and is never taken for a checkpoint. Several ranks that share a model write one checkpoint together,
+the same as one process would have; any layout can go on from it. Needs no MindSpore.
 """
 import json
 import os
 import re
 import shutil
+import struct
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
-from pangu_ms.checkpoint.shards import SINGLE_FILE, file_header
+from pangu_ms.checkpoint.layout import Grid
+from pangu_ms.checkpoint.shards import SINGLE_FILE
 from pangu_ms.checkpoint.write import sync
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import CheckpointError, ConfigError
+from pangu_ms.training.arrays import Share, lay_out, read_parts, write_parts
 
 CHECKPOINTS = "checkpoints"
 LOG_FILE = "log.jsonl"
@@ -30,7 +34,6 @@ STATE_FILE = os.path.join("training", "state.json")
 PARTIAL = ".partial"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "generation_config.json")
-CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,15 @@ class RunState:
 
 
 def save_checkpoint(output_dir: str, config: PanguConfig, weights: dict[str, np.ndarray],
-                    optimizer: dict[str, np.ndarray], state: RunState, keep: int, tokenizer: str | None = None) -> str:
+                    optimizer: dict[str, np.ndarray], state: RunState, keep: int, tokenizer: str | None = None,
+                    grid: Grid = Grid(), rank: int | None = 0, wait: Callable[[], None] = lambda: None) -> str:
     """Write `state.step`'s checkpoint, then remove all but the newest `keep`.
 
     Args:
-        weights, optimizer: arrays by parameter name, in the dtype they are trained in.
+        weights, optimizer: arrays by parameter name, in the dtype they are trained in; of a grid, this rank's parts.
         tokenizer: a directory whose tokenizer files come along.
+        grid, rank: which ranks share the model, and which of them this is; None: a copy, which has nothing to write.
+        wait: returns when all processes of the run have called it.
 
     Returns:
         The checkpoint's directory.
@@ -67,32 +73,54 @@ def save_checkpoint(output_dir: str, config: PanguConfig, weights: dict[str, np.
     parent = os.path.join(output_dir, CHECKPOINTS)
     target = os.path.join(parent, f"step_{state.step:06}")
     partial = target + PARTIAL
+    share = rank is not None and Share(config, grid, rank)
+    files = {os.path.join(partial, SINGLE_FILE): weights, os.path.join(partial, OPTIMIZER_FILE): optimizer}
     try:
-        os.makedirs(parent, exist_ok=True)
-        for name in os.listdir(parent):
-            if name.endswith(PARTIAL):
-                shutil.rmtree(os.path.join(parent, name))
-        os.makedirs(os.path.join(partial, "training"))
-        config.save_pretrained(partial)
-        for name in TOKENIZER_FILES:
-            if tokenizer and os.path.isfile(os.path.join(tokenizer, name)):
-                shutil.copyfile(os.path.join(tokenizer, name), os.path.join(partial, name))
-        _write_arrays(os.path.join(partial, SINGLE_FILE), weights)
-        _write_arrays(os.path.join(partial, OPTIMIZER_FILE), optimizer)
-        with open(os.path.join(partial, STATE_FILE), "w", encoding="utf-8") as file:
-            json.dump(asdict(state), file, indent=1)
-        for directory, _, names in os.walk(partial, topdown=False):
-            for name in (*names, ""):
-                sync(os.path.join(directory, name))
-        os.rename(partial, target)
-        sync(parent)
-        for old in checkpoints(output_dir)[:-keep]:
-            os.rename(old, old + PARTIAL)  # half removed, it must not look like a checkpoint
-            shutil.rmtree(old + PARTIAL)
+        if rank == 0:
+            _begin(parent, partial, config, tokenizer)
+            for path, arrays in files.items():
+                lay_out(path, arrays, share)
+        wait()
+        for path, arrays in files.items():
+            if share:
+                write_parts(path, arrays, share)
+        wait()
+        if rank == 0:
+            _finish(partial, target, state)
+            for old in checkpoints(output_dir)[:-keep]:
+                os.rename(old, old + PARTIAL)  # half removed, it must not look like a checkpoint
+                shutil.rmtree(old + PARTIAL)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: not there for rank {rank}; choose an output_dir that all processes "
+                              "reach") from None
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror}; make room or choose another output_dir, "
                               "then --resume goes on from the checkpoint before") from None
     return target
+
+
+def _begin(parent, partial, config, tokenizer):
+    """What comes before the arrays, and nothing else that an interrupted write has left."""
+    os.makedirs(parent, exist_ok=True)
+    for name in os.listdir(parent):
+        if name.endswith(PARTIAL):
+            shutil.rmtree(os.path.join(parent, name))
+    os.makedirs(os.path.join(partial, "training"))
+    config.save_pretrained(partial)
+    for name in TOKENIZER_FILES:
+        if tokenizer and os.path.isfile(os.path.join(tokenizer, name)):
+            shutil.copyfile(os.path.join(tokenizer, name), os.path.join(partial, name))
+
+
+def _finish(partial, target, state):
+    """The state, all of it on the disk, under its name."""
+    with open(os.path.join(partial, STATE_FILE), "w", encoding="utf-8") as file:
+        json.dump(asdict(state), file, indent=1)
+    for directory, _, names in os.walk(partial, topdown=False):
+        for name in (*names, ""):
+            sync(os.path.join(directory, name))
+    os.rename(partial, target)
+    sync(os.path.dirname(target))
 
 
 def checkpoints(output_dir: str) -> list[str]:
@@ -114,14 +142,15 @@ def read_state(directory: str) -> RunState:
             from None
 
 
-def read_checkpoint(directory: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(weights, optimizer) as they were given to `save_checkpoint`."""
-    found = []
+def read_checkpoint(directory: str, grid: Grid = Grid(),
+                    rank: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(weights, optimizer) as they were given to `save_checkpoint`, bfloat16 as its bits; of any grid, a rank's parts."""
+    found, share = [], Share(PanguConfig.from_pretrained(directory), grid, rank)
     for name in (SINGLE_FILE, OPTIMIZER_FILE):
         path = os.path.join(directory, name)
         try:
-            found.append(load_file(path))
-        except Exception as error:  # the library has errors of its own, which come from Rust
+            found.append(read_parts(path, share))
+        except (OSError, ValueError, KeyError, struct.error) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); remove {directory} to resume from the one "
                                   "before") from None
     return found[0], found[1]
@@ -144,12 +173,3 @@ def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in fields.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _write_arrays(path: str, arrays: dict[str, np.ndarray]) -> None:
-    """A safetensors file. numpy has no bfloat16 of its own, so that the library's writer would refuse MindSpore's."""
-    with open(path, "wb") as file:
-        file.write(file_header((name, CODES[values.dtype.name], values.shape, values.nbytes)
-                               for name, values in arrays.items()))
-        for values in arrays.values():
-            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8))

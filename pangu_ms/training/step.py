@@ -2,19 +2,23 @@
 import mindspore as ms
 from mindspore import nn, ops
 
-from pangu_ms.training.parallel import SharedSum
+from pangu_ms.training.parallel import BatchMean, SharedSum
 
 
 class Gradients(nn.Cell):
-    """A batch -> what `TrainingForward` gives, then the gradients of `weights`."""
+    """A batch -> what `TrainingForward` gives, then the gradients of `weights`; of all ranks' sequences together."""
 
     def __init__(self, forward, weights):
         super().__init__(auto_prefix=False)
         self.forward = forward
         self.value_and_grad = ms.value_and_grad(forward, None, weights, has_aux=True)
+        config, parallel = forward.causal_lm.config, forward.causal_lm.parallel
+        self.mean = BatchMean(config, parallel, [p.name for p in weights]) if parallel.batch > 1 else None
 
     def construct(self, input_ids, labels, loss_mask, position_ids):
         (total, parts, load), gradients = self.value_and_grad(input_ids, labels, loss_mask, position_ids)
+        if self.mean is not None:
+            total, parts, load, gradients = self.mean(total, parts, load, gradients)
         return total, parts, load, gradients
 
 

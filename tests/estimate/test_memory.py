@@ -102,10 +102,11 @@ def test_tensor_ranks_share_no_latent_rows():
     assert one - four == 49 * 2 * 6144 * 3 // 4 * 2
 
 
-def test_expert_ranks_share_the_sequences():
-    work = Work("infer", 1000, 9)
-    assert work.sequences(Parallel(1, 1, 8)) == 2 and work.group_sequences(Parallel(1, 1, 8)) == 9
-    assert cache_bytes(FLASH, Parallel(1, 1, 8), work) == 2 * cache_bytes(FLASH, Parallel(), Work("infer", 1000, 1))
+def test_expert_ranks_have_sequences_of_their_own_in_training_alone():
+    train, infer, ranks = Work("train", 1000, 16), Work("infer", 1000, 9), Parallel(1, 1, 8)
+    assert train.sequences(ranks) == 2 and train.group_sequences(ranks) == 16
+    assert infer.sequences(ranks) == infer.group_sequences(ranks) == 9
+    assert cache_bytes(FLASH, ranks, infer) == 9 * cache_bytes(FLASH, Parallel(), Work("infer", 1000, 1))
 
 
 def test_scores_are_the_plain_forms_largest_part():

@@ -9,7 +9,7 @@ from mindspore import ops
 
 from pangu_ms.model.parallel import Parallel
 
-place = Parallel.start(tensor=2)
+place = Parallel(tensor=2).start()
 total = place.reduce("tensor")
 total(ops.ones((2, 3), ms.float32)).asnumpy()                                   # they can hear each other
 if place.rank == 1:

@@ -8,6 +8,7 @@ import pytest
 from mindspore import nn
 
 from pangu_ms.errors import PanguError
+from pangu_ms.model.parallel import Parallel
 from pangu_ms.training import callbacks
 from pangu_ms.training.callbacks import PanguCheckpoint, PanguMonitor, Run
 
@@ -114,12 +115,13 @@ def test_saves_at_its_steps_and_at_the_end(tmp_path, monkeypatch):
 def test_parameters_are_split_into_weights_and_the_rest(tmp_path, monkeypatch):
     """Weights under the model's names, whatever the optimizer keeps besides, and the cursor."""
     given = {}
-    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *arguments: given.update(enumerate(arguments)))
+    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *arguments: given.update(enumerate(arguments[:7])))
     training = Training(tmp_path, outputs, 3)
     weight, moment = (ms.Parameter(ms.Tensor(np.full(2, value, np.float32)), name=name)
                       for name, value in (("w", 1), ("m.w", 2)))
     network = training.parameters.train_network
-    network.gradients.forward.causal_lm = SimpleNamespace(get_parameters=lambda: [weight], config="config")
+    network.gradients.forward.causal_lm = SimpleNamespace(get_parameters=lambda: [weight], config="config",
+                                                                 parallel=Parallel())
     network.get_parameters = lambda: [weight, moment]
     training(PanguCheckpoint(save_checkpoint_steps=100, keep_checkpoint_max=2))
     directory, config, weights, optimizer, state, keep, tokenizer = given.values()

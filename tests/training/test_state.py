@@ -1,17 +1,22 @@
 """Checkpoints of a training run: complete or not there, and the newest of them is what a run goes on from."""
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pangu_ms.checkpoint.convert import main as convert
+from pangu_ms.checkpoint.layout import Grid, cut, sliced
 from pangu_ms.checkpoint.load import read_parameters
 from pangu_ms.checkpoint.names import parameters
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import PanguError
 from pangu_ms.training import state
 from pangu_ms.training.state import RunState, check_fields, checkpoints, flatten, read_checkpoint, read_state
+from tests.parallel.conftest import CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +62,40 @@ def test_a_checkpoint_is_one_of_ours(tmp_path, config, weights, data, capsys):
     assert convert(["ms2hf", directory, str(tmp_path / "hf"), "--verify"]) == 0
     assert "not copied: training" in capsys.readouterr().out
     assert (tmp_path / "hf" / "tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 1), Grid(1, 2), Grid(2, 2)])
+def test_ranks_write_what_one_process_would(tmp_path, grid):
+    """And any other layout reads its parts of it. A copy of the model writes nothing."""
+    known, random = parameters(CONFIG), np.random.default_rng(1)
+    weights = {name: random.standard_normal(p.shape, np.float32) for name, p in known.items()}
+    optimizer = {"global_step": np.array([7], np.int32)}
+    optimizer |= {f"muon.{name}": random.standard_normal(p.shape, np.float32) for name, p in known.items()}
+    state_of_run = RunState(1, 4, 5, {})
+
+    def held(arrays, grid, rank):
+        stored = {name: sliced(known[name.removeprefix("muon.")], grid, rank) for name in arrays if name in known
+                  or name.startswith("muon.")}
+        return {name: cut(values, stored[name]) if name in stored else values for name, values in arrays.items()}
+
+    def save_all(directory, grid, copies):
+        barrier = threading.Barrier(grid.ranks + copies)
+        ranks = [*range(grid.ranks), *[None] * copies]
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(lambda rank: state.save_checkpoint(
+                str(directory), CONFIG, *(held(arrays, grid, rank or 0) for arrays in (weights, optimizer)),
+                state_of_run, 9, grid=grid, rank=rank, wait=barrier.wait), ranks))[0]
+
+    alone, together = save_all(tmp_path / "alone", Grid(), 0), save_all(tmp_path / "together", grid, 1)
+    for name in ("model.safetensors", "training/optimizer.safetensors"):
+        assert Path(together, name).read_bytes() == Path(alone, name).read_bytes()
+    for other in (Grid(), Grid(4, 1), Grid(1, 4)):
+        for rank in range(other.ranks):
+            for found, arrays in zip(read_checkpoint(together, other, rank), (weights, optimizer)):
+                wanted = held(arrays, other, rank)
+                assert found.keys() == wanted.keys()
+                for name in wanted:
+                    np.testing.assert_array_equal(found[name], wanted[name])
 
 
 def test_the_last_are_kept(tmp_path, config, weights):
