@@ -14,7 +14,8 @@ EXAMPLE = """examples:
   pangu-train --config configs/openpangu_v2/pretrain_toy_cpu.yaml
   pangu-train --config configs/openpangu_v2/pretrain_toy_cpu.yaml --resume
   pangu-train --config pretrain.yaml --options runner_config.epochs=2 output_dir=runs/second
-  msrun --worker_num=2 --local_worker_num=2 tools/train.py --config pretrain.yaml --options use_parallel=True
+  msrun --worker_num=2 --local_worker_num=2 --join=True tools/train.py --config pretrain.yaml \\
+      --options use_parallel=True parallel_config.model_parallel=2
 
 output_dir gets log.jsonl (a line for each step), checkpoints/step_* (each a model that pangu-generate and pangu-convert
 read), and mindformers/ with what MindFormers writes and prints. --resume goes on from the newest complete checkpoint.

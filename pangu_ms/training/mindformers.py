@@ -10,7 +10,6 @@ import difflib
 import inspect
 import json
 import os
-from dataclasses import replace
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -38,6 +37,7 @@ from pangu_ms.training.forward import TrainingForward
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.optimizer import PanguMuon
 from pangu_ms.training.packing import PackedDataset
+from pangu_ms.training.parallel import find_parallel
 from pangu_ms.training.settings import TrainingSettings
 from pangu_ms.training.state import check_fields, checkpoints, flatten, read_checkpoint
 from pangu_ms.training.step import TrainStep
@@ -320,41 +320,6 @@ def train(fields, output_dir, resume=None, state=None):
         config.train_dataset.data_loader.tensor_parallel = parallel.tensor
     run.rank = get_real_rank()
     Trainer(config).train()
-
-
-def find_parallel(fields):
-    """How `parallel_config` shares model and batch, before this process knows its rank.
-
-    data_parallel counts sets of sequences, as in MindFormers, where expert parallel ranks are data parallel ranks too.
-
-    Raises:
-        ConfigError: what cannot be shared so, or not by the processes that there are.
-    """
-    given, context = fields.get("parallel_config") or {}, fields.get("parallel") or {}
-    if not fields.get("use_parallel"):
-        return Parallel()
-    for section, key, value, wanted in (
-            ("parallel_config", "pipeline_stage", given.get("pipeline_stage", 1), 1),
-            ("parallel_config", "context_parallel", given.get("context_parallel", 1), 1),
-            ("parallel", "parallel_mode", context.get("parallel_mode", 0), 0),
-            ("parallel", "enable_parallel_optimizer", context.get("enable_parallel_optimizer", False), False)):
-        if value != wanted:
-            raise ConfigError(f"{section}.{key}: found {value!r}, wanted {wanted}: ranks share the network by collectives "
-                              "of its own, for data_parallel, model_parallel and expert_parallel")
-    data, tensor, expert = (given.get(f"{name}_parallel", 1) for name in ("data", "model", "expert"))
-    parallel = Parallel(tensor, expert, data, own_sequences=True)
-    wrapper = fields["runner_wrapper"].get("type")
-    if wrapper != "PanguTrainStep" and parallel.tensor * parallel.expert > 1:
-        raise ConfigError(f"runner_wrapper.type: found {wrapper}, wanted PanguTrainStep, which knows what other devices "
-                          "hold of a model")
-    if data % expert:
-        raise ConfigError(f"parallel_config.expert_parallel: {expert} does not divide data_parallel {data}, whose ranks "
-                          "share the experts")
-    parallel = replace(parallel, data=data // expert)
-    parallel.check(PanguConfig.from_dict({name: value for name, value in fields["model"]["model_config"].items()
-                                          if name in MODEL_KEYS}))
-    parallel.check_processes()
-    return parallel
 
 
 def complete(fields):

@@ -5,13 +5,53 @@ the same values, so what they all hold stays the same on all of them, and of wha
 part. Ranks with other sequences take means.
 """
 import math
+from dataclasses import replace
 
 import mindspore as ms
 from mindspore import nn, ops
 
 from pangu_ms.checkpoint.names import parameters
-from pangu_ms.model.parallel import own_part
+from pangu_ms.config import PanguConfig
+from pangu_ms.errors import ConfigError
+from pangu_ms.model.parallel import Parallel, own_part
 from pangu_ms.ops import operator
+
+
+def find_parallel(fields):
+    """How `parallel_config` shares model and batch, before this process knows its rank.
+
+    data_parallel counts sets of sequences, as in MindFormers, where expert parallel ranks are data parallel ranks too.
+
+    Raises:
+        ConfigError: what cannot be shared so, or not by the processes that there are.
+    """
+    given, context = fields.get("parallel_config") or {}, fields.get("parallel") or {}
+    if not fields.get("use_parallel"):
+        return Parallel()
+    for section, key, value, wanted in (
+            ("parallel_config", "pipeline_stage", given.get("pipeline_stage", 1), 1),
+            ("parallel_config", "context_parallel", given.get("context_parallel", 1), 1),
+            ("parallel", "parallel_mode", context.get("parallel_mode", 0), 0),
+            ("parallel", "enable_parallel_optimizer", context.get("enable_parallel_optimizer", False), False)):
+        if value != wanted:
+            raise ConfigError(f"{section}.{key}: found {value!r}, wanted {wanted}: ranks share the network by collectives "
+                              "of its own, for data_parallel, model_parallel and expert_parallel")
+    data, tensor, expert = (given.get(f"{name}_parallel", 1) for name in ("data", "model", "expert"))
+    parallel = Parallel(tensor, expert, data, own_sequences=True)
+    wrapper, loader = fields["runner_wrapper"].get("type"), fields["train_dataset"]["data_loader"].get("type")
+    if wrapper != "PanguTrainStep" and tensor * expert > 1:
+        raise ConfigError(f"runner_wrapper.type: found {wrapper}, wanted PanguTrainStep, which knows what other devices "
+                          "hold of a model")
+    if loader != "PanguJsonlLoader" and tensor > 1:
+        raise ConfigError(f"train_dataset.data_loader.type: found {loader}, wanted PanguJsonlLoader, which gives the "
+                          "same sequences to all ranks of model_parallel")
+    if data % expert:
+        raise ConfigError(f"parallel_config.expert_parallel: {expert} does not divide data_parallel {data}, whose ranks "
+                          "share the experts")
+    parallel = replace(parallel, data=data // expert)
+    parallel.check(PanguConfig.from_dict(fields["model"]["model_config"]))
+    parallel.check_processes()
+    return parallel
 
 
 class BatchMean(nn.Cell):

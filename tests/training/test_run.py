@@ -6,6 +6,7 @@ such a run takes is compiling.
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from pangu_ms.config import PanguConfig
-from pangu_ms.training.state import checkpoints, read_checkpoint
+from pangu_ms.training.state import checkpoints, read_checkpoint, read_state
 from pangu_ms.training.tokenizer import train_tokenizer
 from pangu_ms.yaml_file import read_yaml
 
@@ -37,8 +38,9 @@ def directory(tmp_path_factory, data):
     train_tokenizer(texts, 268, str(directory / "tokenizer"))
     fields = read_yaml(str(ROOT / "configs" / "openpangu_v2" / "pretrain_toy_cpu.yaml"))
     model = json.loads((data / "tiny" / "config.json").read_text())
-    model |= {"vocab_size": 268, "num_hidden_layers": 1, "num_nextn_predict_layers": 1, "first_k_dense_replace": 0,
-              "dsa_layers": [0], "swa_layers": [1], "sliding_window_list": [7], "block_post_layernorm_idx": [0]}
+    model |= {"vocab_size": 268, "num_attention_heads": 4, "num_hidden_layers": 1, "num_nextn_predict_layers": 1,
+              "first_k_dense_replace": 0, "dsa_layers": [0], "swa_layers": [1], "sliding_window_list": [7],
+              "block_post_layernorm_idx": [0]}
     fields["model"]["model_config"] = {k: v for k, v in model.items() if k in PanguConfig.__dataclass_fields__}
     fields["train_dataset"]["data_loader"].update(path="texts.jsonl", tokenizer="tokenizer", seq_length=24)
     fields["runner_config"].update(epochs=3, batch_size=4)
@@ -146,17 +148,33 @@ def test_mindformers_own_loader(directory, whole):
     assert records[-1]["lm"] < records[0]["lm"]
 
 
-def test_two_devices_share_a_batch(directory, whole):
-    """Data parallel: the same sequences in each step, so the same epoch but for what masks and rounding do."""
+def msrun(directory, port, *options):
+    """Two processes of one machine, MindSpore's own launcher before them."""
     launcher = Path(sys.executable).with_name("msrun")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
-    subprocess.run([launcher, "--worker_num=2", "--local_worker_num=2", "--master_port=18118",
+    subprocess.run([launcher, "--worker_num=2", "--local_worker_num=2", f"--master_port={port}",
                     "--log_dir=devices/msrun", "--join=True", ROOT / "tools" / "train.py", "--config", "run.yaml",
-                    "--options", "output_dir=devices/run", "use_parallel=True", "runner_config.batch_size=2",
-                    "runner_config.epochs=1"],
-                   cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)
-    shared = read_log(directory, "devices/run")
-    assert len(shared) == len(whole) // 3
-    for step in (0, len(shared) - 1):
-        assert shared[step]["lm"] == pytest.approx(whole[step]["lm"], rel=0.05)
-    assert shared[0]["expert_balance"] == pytest.approx(whole[0]["expert_balance"], rel=1e-6)
+                    *options], cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_devices_share_a_run(directory, whole):
+    """Experts and batch divided between two processes; then, from a checkpoint of that, heads and widths."""
+    shared = ("output_dir=devices/run", "use_parallel=True")
+    msrun(directory, 18118, "--options", *shared, "runner_config.batch_size=2", "parallel_config.data_parallel=2",
+          "parallel_config.expert_parallel=2")
+    first = read_log(directory, "devices/run")
+    assert len(first) == len(whole)
+    for found, wanted in zip(first[:10], whole):
+        for name in ("loss", "lm", "mtp_1", "grad_norm", "expert_balance"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-3), (found["step"], name)
+    assert first[-1]["lm"] == pytest.approx(whole[-1]["lm"], rel=0.02)
+
+    before, *last = checkpoints(str(directory / "devices" / "run"))
+    for checkpoint in last:
+        shutil.rmtree(checkpoint)
+    step = read_state(before).step
+    msrun(directory, 18119, "--resume", "--options", *shared, "parallel_config.model_parallel=2")
+    again = read_log(directory, "devices/run")
+    assert len(again) == len(first) and again[:step] == first[:step] and again[step] != first[step]
+    for found, wanted in zip(again[step:], first[step:]):
+        assert found["lm"] == pytest.approx(wanted["lm"], rel=1e-3)
