@@ -1,9 +1,11 @@
 """A model on several ranks against the same model in one process."""
+import dataclasses
 import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from pangu_ms.checkpoint.convert import main
 from pangu_ms.checkpoint.layout import Grid, cut, sliced
@@ -11,8 +13,12 @@ from pangu_ms.checkpoint.load import read_parameters
 from pangu_ms.checkpoint.names import parameters
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import ConfigError
+from pangu_ms.estimate import work as estimate
+from pangu_ms.estimate.memory import weight_bytes
+from pangu_ms.estimate.work import Work
 from pangu_ms.model.parallel import Parallel
 from tests.parallel import worker
+from tests.parallel.conftest import CONFIG
 
 WORKER = Path(worker.__file__)
 
@@ -49,9 +55,9 @@ def whole(checkpoint):
 @pytest.fixture(scope="module")
 def ranks(checkpoint, msrun, tmp_path_factory):
     """ranks(sizes, *what): the same of each rank."""
-    def run(sizes, *what):
+    def run(sizes, *what, directory=checkpoint):
         output, count = tmp_path_factory.mktemp("output"), np.prod(sizes)
-        code, printed, _ = msrun(count, WORKER, checkpoint, *sizes, output, *what)
+        code, printed, _ = msrun(count, WORKER, directory, *sizes, output, *what)
         assert code == 0, printed[-3000:]
         return [dict(np.load(output / f"{rank}.npz")) for rank in range(count)]
     return run
@@ -80,6 +86,18 @@ def test_ranks_together_are_one_process(sizes, whole, ranks, checkpoint):
         for name, tolerance in (("tokens", 0), ("parts", 2e-5), ("losses", 1e-4), ("norms", 1e-3)):
             if name in wanted:
                 np.testing.assert_allclose(found[name], wanted[name], rtol=tolerance, err_msg=name)
+
+
+@pytest.mark.slow
+def test_memory_of_a_rank_is_what_the_estimate_says(ranks, tmp_path):
+    """A model of 190 MB, of which each of four ranks takes 85."""
+    config = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_intermediate_size=512)
+    config.save_pretrained(tmp_path)
+    save_file({name: np.ones(p.shape, np.float32) for name, p in parameters(config).items()},
+              tmp_path / "model.safetensors")
+    wanted = sum(weight_bytes(config, estimate.Parallel(1, 2, 2), Work("infer", 1, 1, "float32")).values())
+    for found in ranks((2, 2, 1), "memory", directory=tmp_path):
+        assert found["memory"] == pytest.approx(wanted, rel=0.1)
 
 
 def test_a_rank_reads_its_part_of_any_layout(checkpoint, tmp_path):

@@ -2,6 +2,7 @@
 
 Each rank writes OUTPUT/R.npz. The tests call the functions of WHAT for the whole model, and compare.
 """
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,17 @@ def train(directory, parallel):
     return found | {"losses": np.array(losses), "norms": np.array(norms)}
 
 
+def memory(directory, parallel):
+    """-> by how many bytes the process grows when it loads its part of the model."""
+    before = resident()
+    model = PanguForCausalLM.from_pretrained(directory, parallel=parallel)
+    return {"memory": np.array(resident() - before), "parameters": np.array(len(model.parameters_dict()))}
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def token_ids(config):
     return np.random.default_rng(7).integers(0, config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
 
@@ -77,5 +89,5 @@ if __name__ == "__main__":
     place = Parallel(*map(int, sizes)).start()
     results = {}
     for what in sys.argv[6:]:
-        results |= {"logits": logits, "drafting": drafting, "train": train}[what](directory, place)
+        results |= {"logits": logits, "drafting": drafting, "train": train, "memory": memory}[what](directory, place)
     np.savez(Path(output) / f"{place.rank}.npz", **results)
