@@ -62,8 +62,10 @@ def routing(rows, experts, choices, skewed):
     return ms.Tensor(ids.astype(np.int32)), ms.Tensor(ANY.uniform(size=(*rows, choices)).astype(np.float32))
 
 
-def experts(rows, hidden, width, count, choices, skewed=False):
-    return (normal(*rows, hidden), *routing(rows, count, choices, skewed), normal(count, width, hidden),
+def experts(rows, hidden, width, count, choices, skewed=False, elsewhere=0):
+    """elsewhere: as many experts before these, and as many behind them, may be chosen too."""
+    ids, weights = routing(rows, count + 2 * elsewhere, choices, skewed)
+    return (normal(*rows, hidden), ids - elsewhere, weights, normal(count, width, hidden),
             normal(count, width, hidden), normal(count, hidden, width))
 
 
@@ -105,7 +107,7 @@ CASES = [
     *[(form, lambda a=a: experts(*a)) for form, a in [
         ("few_tokens", ((1, 1), 64, 32, 8, 2)), ("few_tokens", ((4,), 33, 7, 6, 3)),
         ("many_tokens", ((2, 75), 33, 17, 6, 3)), ("many_tokens", ((2, 75), 16, 32, 6, 3, True)),
-        ("many_tokens", ((1, 1), 33, 7, 6, 3))]],
+        ("many_tokens", ((1, 1), 33, 7, 6, 3)), ("many_tokens", ((2, 75), 33, 17, 4, 3, False, 2))]],
     *[("feed_forward", lambda m=m: (normal(*m, 33), normal(17, 33), normal(17, 33), normal(33, 17)))
       for m in [(1, 1), (2, 1), (2, 70)]],
     *[("cross_entropy", lambda a=a: head(*a))

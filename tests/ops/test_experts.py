@@ -10,7 +10,7 @@ HIDDEN, WIDTH, EXPERTS, CHOICES = 12, 7, 6, 3
 
 @pytest.mark.parametrize("form, tokens", [("few_tokens", 1), ("few_tokens", 4),
                                           ("many_tokens", 1), ("many_tokens", 150)])
-@pytest.mark.parametrize("routing", ["random", "skewed"])
+@pytest.mark.parametrize("routing", ["random", "skewed", "elsewhere"])
 def test_against_a_loop(form, tokens, routing):
     rng = np.random.default_rng(tokens)
     x, gate, up, down = (rng.normal(size=shape).astype(np.float32) for shape in (
@@ -18,6 +18,8 @@ def test_against_a_loop(form, tokens, routing):
     weights = rng.uniform(size=(tokens, CHOICES)).astype(np.float32)
     if routing == "random":
         ids = np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)]).astype(np.int32)
+    elif routing == "elsewhere":  # experts of other ranks, which add nothing
+        ids = np.stack([rng.permutation(2 * EXPERTS)[:CHOICES] for _ in range(tokens)]).astype(np.int32) - EXPERTS // 2
     else:  # the last experts get every token, the first none
         ids = np.tile(np.arange(EXPERTS - CHOICES, EXPERTS, dtype=np.int32), (tokens, 1))
     found = Product(form)(*(ms.Tensor(a) for a in (x, ids, weights, gate, up, down))).asnumpy()
@@ -25,6 +27,8 @@ def test_against_a_loop(form, tokens, routing):
     for n in range(tokens):
         for k in range(CHOICES):
             e = ids[n, k]
+            if not 0 <= e < EXPERTS:
+                continue
             g = gate[e] @ x[n]
             wanted[n] += weights[n, k] * (down[e] @ (g / (1 + np.exp(-g)) * (up[e] @ x[n])))
     np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
