@@ -3,7 +3,6 @@
 Keys and values are kept as latent rows [kv_lora_rank | qk_rope_head_dim]: the normed latent, then the rotated key part
 that all heads share. The operators `expanded` and `absorbed` attention are two forms of one function that reads them.
 """
-import mindspore as ms
 from mindspore import nn, ops
 
 from pangu_ms.cache import INDEX_KEYS, KV_TAPS, LATENT, O_TAPS, Q_TAPS, grow
@@ -12,7 +11,7 @@ from pangu_ms.model.indexer import Indexer
 from pangu_ms.model.linear import Linear, parameter
 from pangu_ms.model.norm import RMSNorm
 from pangu_ms.ops import operator
-from pangu_ms.ops.attention import with_sinks
+from pangu_ms.ops.attention import gather_rows, with_sinks
 from pangu_ms.ops.portable import MASKED
 
 
@@ -49,8 +48,8 @@ class Attention(nn.Cell):
         self.remember = operator("remember", config.compute_dtype)
         self.absorbed = operator("absorbed_attention", config.compute_dtype)
         self.expanded = operator("expanded_attention", config.compute_dtype)
-        self.query, self.row, self.attend, self.output = (
-            operator(f"decoding_{what}", config.compute_dtype) for what in ("query", "row", "attention", "output"))
+        self.query, self.row, self.attend, self.attend_chosen = (
+            operator(f"decoding_{what}", config.compute_dtype) for what in ("query", "row", "attention", "chosen"))
 
     def construct(self, x, rows, memory):
         """x [B, T, H], normed -> y [B, T, H], and for DSA without a cache what the indexer did.
@@ -84,7 +83,7 @@ class Attention(nn.Cell):
                 keys = ops.depend(keys, past)                                   # a write nobody uses is dropped
                 if rows["sparse"]:
                     chosen = self.top_k(self._masked_scores(x, q_latent, past, rows), self.topk)
-                    keys = _gather_rows(cached, chosen)                         # [B, T, K, D]
+                    keys = gather_rows(cached, chosen)                          # [B, T, K, D]
                     # A query with fewer earlier rows than K is given masked ones too: they stay masked.
                     visible = with_sinks(chosen <= ops.expand_dims(rows["position"], 2), self.sinks)
         attend = self.absorbed if keys.ndim == 4 else self.expanded
@@ -100,21 +99,17 @@ class Attention(nn.Cell):
         row = self.row(x, self.kv_a_proj_with_mqa.weight, memory[KV_TAPS], self.compresskv_conv.weight,
                        self.kv_a_layernorm.weight, memory[LATENT], position, cos, sin, eps)
         kept = ops.depend(memory[LATENT], row)
+        sees, attend = self.window, self.attend
         if self.dsa:
-            index = self.indexer.keys(x, rows)
-            index = ops.reshape(grow(memory[INDEX_KEYS], index, rows["slot"]), (x.shape[0], -1, index.shape[-1]))
             if rows["sparse"]:
-                chosen = self.top_k(self._masked_scores(x, q_latent, index, rows), self.topk)
-                visible = with_sinks(chosen <= ops.expand_dims(position, 2), self.sinks)
-                q = ops.reshape(q, (x.shape[0], -1, self.heads, self.nope + self.rope))
-                keys = _gather_rows(ops.reshape(kept, (x.shape[0], -1, self.latent + self.rope)), chosen)
-                out = self.absorbed(q, self.sink_rows(), keys, visible, self.kv_b_proj.weight, self.scale)
-                return self.reduce(self.output(out, memory[O_TAPS], self.o_conv.weight, self.o_proj.weight, position))
-            kept = ops.depend(kept, index)                                      # a write nobody uses is dropped
-        return self.reduce(self.attend(
+                sees = self.indexer.decode(x, q_latent, memory[INDEX_KEYS], rows)
+                attend = self.attend_chosen
+            else:
+                kept = ops.depend(kept, self.indexer.keep(x, memory[INDEX_KEYS], rows))     # or it is dropped
+        return self.reduce(attend(
             q, self.param_sink_compressed_kv, self.param_sink_k_pe, self.kv_a_layernorm.weight, kept,
-            self.kv_b_proj.weight, memory[O_TAPS], self.o_conv.weight, self.o_proj.weight, position, self.window,
-            self.scale, eps))
+            self.kv_b_proj.weight, memory[O_TAPS], self.o_conv.weight, self.o_proj.weight, position, sees, self.scale,
+            eps))
 
     def _project(self, x, rows, memory):
         """-> q_latent [B, T, q_lora_rank], q [B, T, heads, nope + rope], the new latent rows [B, T, D]."""
@@ -151,10 +146,3 @@ class Attention(nn.Cell):
         ones = ops.ones_like(chosen, dtype=scores.dtype)
         picked = ops.tensor_scatter_elements(ops.zeros_like(scores), chosen, ones, -1)
         return ops.logical_and(picked > 0, causal)
-
-
-def _gather_rows(cached, chosen):
-    """cached [B, S, D], chosen int32 [B, T, K] -> [B, T, K, D]."""
-    b, s, d = cached.shape
-    start = ops.reshape(ops.arange(b, dtype=ms.int32) * s, (b, 1, 1))
-    return ops.gather(ops.reshape(cached, (-1, d)), ops.cast(chosen + start, ms.int32), 0)

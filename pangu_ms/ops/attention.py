@@ -92,6 +92,21 @@ def attended(small):
     return form
 
 
+def index_scores(q, keys, weight):
+    """The indexer: q [B, T, heads, D], keys [B, S, D], weight [B, T, heads] -> float32 [B, T, S], not masked."""
+    b, s, d = keys.shape
+    each = ops.BatchMatMul(transpose_b=True)(ops.reshape(q, (b, -1, d)), keys)  # [B, T * heads, S]
+    each = ops.reshape(ops.relu(ops.cast(each, ms.float32)), (b, -1, weight.shape[2], s))
+    return ops.squeeze(ops.matmul(ops.expand_dims(ops.cast(weight, ms.float32), 2), each), 2)
+
+
+def gather_rows(cached, chosen):
+    """cached [B, S, D], chosen int32 [B, T, K] -> [B, T, K, D]."""
+    b, s, d = cached.shape
+    start = ops.reshape(ops.arange(b, dtype=ms.int32) * s, (b, 1, 1))
+    return ops.gather(ops.reshape(cached, (-1, d)), ops.cast(chosen + start, ms.int32), 0)
+
+
 def _latent_score(q, keys, kv_b):
     """q [B, T, heads, nope + rope], keys [G, S0 + S, D] with G = B or B * T -> [G, T * heads or heads, S0 + S]."""
     heads, latent = q.shape[2], kv_b.shape[1]

@@ -19,7 +19,7 @@ from pangu_ms.ops.gradients import BPROPS
 OUTPUTS = {  # where it is not one float32
     "HyperConnectionRead": (ms.float32,) * 3, "Route": (ms.int32, ms.float32),
     "DecodingQuery": (ms.float32,) * 2, "DecodingRead": (ms.float32,) * 3, "DecodingTurn": (ms.float32,) * 4,
-    "DecodingExperts": (ms.float32, ms.int32, ms.float32),
+    "DecodingSelect": (ms.int32,), "DecodingExperts": (ms.float32, ms.int32, ms.float32),
 }
 
 

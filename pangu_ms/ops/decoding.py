@@ -10,7 +10,8 @@ differentiated.
 from mindspore import ops
 
 from pangu_ms.cache import ring_order, ring_slots
-from pangu_ms.ops.attention import with_sinks
+from pangu_ms.ops.attention import gather_rows, index_scores, with_sinks
+from pangu_ms.ops.portable import MASKED
 
 
 def query(small):
@@ -41,18 +42,14 @@ def row(small):
 
 
 def attention(small):
-    linear, ring_conv, rms_norm = small("linear"), _ring_conv(small), small("rms_norm")
-    absorbed = small("absorbed_attention")
+    attend = _attend(small)
 
     def form(q, sink_latent, sink_k_pe, norm, kept, kv_b, ring, conv, weight, position, window, scale, eps):
         """q [B, T, heads * (nope + P)], sinks [S0, L] and [S0, P], kept [B * R, L + P], weight [H, C] -> y [B, T, H].
 
         A query sees the rows of the last `window` positions, all earlier ones if window is 0, and the sinks.
         """
-        batch, _, width = q.shape
-        heads = (width - kv_b.shape[0] + ring.shape[1]) // sink_k_pe.shape[1]
-        q = ops.reshape(q, (batch, -1, heads, width // heads))
-        keys = ops.reshape(kept, (batch, -1, kept.shape[1]))
+        keys = ops.reshape(kept, (q.shape[0], -1, kept.shape[1]))
         last, at = position[:, -1:], ops.expand_dims(position, 2)               # [B, 1], [B, T, 1]
         places = keys.shape[1]
         # A row holds the last position that lies there.
@@ -61,19 +58,52 @@ def attention(small):
         seen = ops.logical_and(back >= 0, back <= at)
         if window:
             seen = ops.logical_and(seen, back < window)
-        sinks = ops.cat((rms_norm(sink_latent, norm, eps), sink_k_pe), -1)
-        out = absorbed(q, sinks, keys, with_sinks(seen, sinks.shape[0]), kv_b, scale)
-        return linear(ring_conv(out, ring, conv, position), weight)
+        return attend(q, sink_latent, sink_k_pe, norm, keys, seen, kv_b, ring, conv, weight, position, scale, eps)
 
     return form
 
 
-def output(small):
-    linear, ring_conv = small("linear"), _ring_conv(small)
+def chosen(small):
+    attend = _attend(small)
 
-    def form(out, ring, conv, weight, position):
-        """The end of an attention: out [B, T, C], weight [H, C] -> [B, T, H]."""
-        return linear(ring_conv(out, ring, conv, position), weight)
+    def form(q, sink_latent, sink_k_pe, norm, kept, kv_b, ring, conv, weight, position, chosen, scale, eps):
+        """The same, but a query sees the rows of the positions chosen int32 [B, T, K] that are not behind its own."""
+        keys = gather_rows(ops.reshape(kept, (q.shape[0], -1, kept.shape[1])), chosen)      # [B, T, K, D]
+        seen = chosen <= ops.expand_dims(position, 2)
+        return attend(q, sink_latent, sink_k_pe, norm, keys, seen, kv_b, ring, conv, weight, position, scale, eps)
+
+    return form
+
+
+def index_row(small):
+    linear, rms_norm, rotate = small("linear"), small("rms_norm"), small("rotate")
+
+    def form(x, weight, norm, kept, position, cos, sin, eps):
+        """The indexer's keys: x [B, T, H], weight [D, H], kept [B * S, D] -> the new ones [B, T, D], kept as well."""
+        key = ops.expand_dims(rms_norm(linear(x, weight), norm, eps), 2)
+        key = ops.squeeze(rotate(key, cos, sin, 0), 2)
+        slots = ring_slots(position, kept.shape[0] // x.shape[0], True)
+        return ops.depend(key, ops.scatter_update(kept, slots, key))            # a write nobody uses is dropped
+
+    return form
+
+
+def select(small):
+    keys, linear, rotate, top_k = index_row(small), small("linear"), small("rotate"), small("top_k")
+
+    def form(x, weight, norm, kept, position, cos, sin, q_latent, to_q, to_weight, all_, eps):
+        """The indexer: its new keys are kept, and the best rows of all selected -> their positions int32 [B, T, K].
+
+        q_latent [B, T, Q], to_q [heads * D, Q], to_weight [heads, H]; all_ int32 [K] is 0 .. K - 1. What a query that
+        has fewer earlier rows is given besides lies behind it, for `chosen` to leave out.
+        """
+        batch, heads = x.shape[0], to_weight.shape[0]
+        kept = ops.depend(kept, keys(x, weight, norm, kept, position, cos, sin, eps))
+        past = ops.reshape(kept, (batch, -1, kept.shape[1]))
+        q = ops.reshape(linear(q_latent, to_q), (batch, -1, heads, kept.shape[1]))
+        scores = index_scores(rotate(q, cos, sin, 0), past, linear(x, to_weight))
+        behind = ops.arange(past.shape[1], dtype=position.dtype) > ops.expand_dims(position, 2)
+        return top_k(ops.masked_fill(scores, behind, MASKED), all_.shape[0])
 
     return form
 
@@ -120,6 +150,22 @@ def experts(small):
         ids, weights = route(linear(x, router), bias, scale, normalise)
         shared = feed_forward(x, shared_gate, shared_up, shared_down)
         return few_tokens(x, ids, weights, gate, up, down) + shared, ids, weights
+
+    return form
+
+
+def _attend(small):
+    linear, ring_conv, rms_norm = small("linear"), _ring_conv(small), small("rms_norm")
+    absorbed = small("absorbed_attention")
+
+    def form(q, sink_latent, sink_k_pe, norm, keys, seen, kv_b, ring, conv, weight, position, scale, eps):
+        """keys [B, S, D] or [B, T, S, D], seen bool [B, T, S]."""
+        batch, _, width = q.shape
+        heads = (width - kv_b.shape[0] + ring.shape[1]) // sink_k_pe.shape[1]
+        q = ops.reshape(q, (batch, -1, heads, width // heads))
+        sinks = ops.cat((rms_norm(sink_latent, norm, eps), sink_k_pe), -1)
+        out = absorbed(q, sinks, keys, with_sinks(seen, sinks.shape[0]), kv_b, scale)
+        return linear(ring_conv(out, ring, conv, position), weight)
 
     return form
 

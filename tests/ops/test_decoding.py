@@ -49,9 +49,25 @@ def attention(batch, length, start, window, heads=3, nope=6, rope=4, value=5, la
             positions(batch, length, start), window, 0.3, 1e-5)
 
 
-def output(batch, length, start):
-    return (normal(batch, length, 21), normal(batch * 8, 21), normal(21, 1, 4), normal(33, 21),
-            positions(batch, length, start))
+def chosen(batch, length, start, k, heads=3, nope=6, rope=4, value=5, latent=21, places=150):
+    """Of each token some positions, in no order, the last ones behind its own."""
+    arguments = list(attention(batch, length, start, 0, heads, nope, rope, value, latent, places=places))
+    last = arguments[9].max() + 2
+    arguments[10] = np.stack([ANY.permutation(last)[:k] for _ in range(batch * length)]).astype(np.int32)
+    arguments[10] = arguments[10].reshape(batch, length, k)
+    return tuple(arguments)
+
+
+def index_row(batch, length, start, half=4, hidden=33, dim=14, places=50):
+    return (normal(batch, length, hidden), normal(dim, hidden), normal(dim), normal(batch * places, dim),
+            positions(batch, length, start), *angles(batch, length, half), 1e-5)
+
+
+def select(batch, length, start, k, heads=3, rank=21, **shape):
+    *row_arguments, eps = index_row(batch, length, start, **shape)
+    hidden, dim = row_arguments[0].shape[-1], row_arguments[1].shape[0]
+    return (*row_arguments, normal(batch, length, rank), normal(heads * dim, rank), normal(heads, hidden),
+            np.arange(k, dtype=np.int32), eps)
 
 
 def streams(batch, length, n=4, hidden=9):
@@ -83,7 +99,10 @@ CASES = [
       [((1, 1, 0), 0), ((1, 1, 29), 0), ((2, 3, 11), 0), ((1, 1, 3), 6), ((1, 4, 100), 26), ((3, 5, 40), 9),
        ((1, 4, -2), 9)]],
     *[("attention", lambda: attention(2, 3, 50, 20, heads=19, latent=32))],
-    *[("output", lambda t=t: output(*t)) for t in TOKENS],
+    *[("chosen", lambda t=t, k=k: chosen(*t, k)) for t, k in
+      [((1, 1, 40), 9), ((1, 1, 140), 130), ((2, 3, 11), 12), ((3, 4, 100), 65)]],
+    *[("chosen", lambda: chosen(2, 3, 50, 20, heads=19, latent=32))],
+    *[("index_row", lambda t=t: index_row(*t)) for t in TOKENS],
     *[("read", lambda t=t: (streams(*t), *read_by())) for t in [(1, 1), (2, 4)]],
     *[("write", lambda t=t: (*write_by(*t), 1e-5)) for t in [(1, 1), (2, 4)]],
     *[("turn", lambda t=t: (*write_by(*t), *read_by())) for t in [(1, 1), (2, 4)]],
@@ -94,10 +113,7 @@ CASES = [
 @pytest.mark.parametrize("name, make", CASES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CASES)])
 def test_equals_the_plain_form(name, make, monkeypatch):
     arguments = make()
-    fast = operators.operator("decoding_" + name, "float32")
-    monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")
-    plain = operators.operator("decoding_" + name, "float32")
-    assert isinstance(fast, ms.ops.Custom) and not isinstance(plain, ms.ops.Custom)
+    fast, plain = both(name, monkeypatch)
     (found, found_state), (wanted, wanted_state) = (run(form, arguments) for form in (fast, plain))
     for one, other in zip(found, wanted, strict=True):
         close(one, other)
@@ -105,7 +121,61 @@ def test_equals_the_plain_form(name, make, monkeypatch):
         if isinstance(other, np.ndarray) and other.dtype == np.float32:
             close(one, other)
     changed = [not np.array_equal(one, before) for one, before in zip(found_state, arguments)]
-    assert sum(changed) == {"query": 1, "row": 2, "attention": 1, "output": 1}.get(name, 0)
+    assert sum(changed) == {"query": 1, "row": 2, "attention": 1, "chosen": 1, "index_row": 1}.get(name, 0)
+
+
+SELECTIONS = [(1, 1, 40, 9), (1, 1, 40, 41), (1, 4, 20, 22), (2, 3, 11, 14), (3, 5, 30, 8)]
+
+
+@pytest.mark.parametrize("batch, length, start, k", SELECTIONS)
+@pytest.mark.parametrize("shape", [{}, {"heads": 19, "dim": 32, "places": 700}], ids=["few", "many"])
+def test_selects_what_the_plain_form_selects(batch, length, start, k, shape, monkeypatch):
+    start = start * 14 if shape else start
+    arguments = select(batch, length, start, k, **shape)
+    fast, plain = both("select", monkeypatch)
+    ((found,), found_state), ((wanted,), wanted_state) = (run(form, arguments) for form in (fast, plain))
+    assert found.shape == wanted.shape == (batch, length, k) and found.dtype == wanted.dtype
+    close(found_state[3], wanted_state[3])
+    assert not np.array_equal(found_state[3], arguments[3])
+    for positions_, scores in [(found, index_scores(*found_state)), (wanted, index_scores(*wanted_state))]:
+        best_of(positions_, scores, arguments[4])
+
+
+@pytest.mark.parametrize("k", [1, 7, 30, 99])
+def test_selects_the_best_among_equal_ones(k, monkeypatch):
+    """Keys of few kinds score the same; which of them is taken does not matter."""
+    arguments = list(select(1, 1, 99, k, places=100))
+    arguments[3] = np.repeat(arguments[3][:5], 20, 0)
+    for form in both("select", monkeypatch):
+        (found,), state = run(form, arguments)
+        best_of(found, index_scores(*state), arguments[4])
+
+
+def index_scores(x, weight, norm, kept, position, cos, sin, q_latent, to_q, to_weight, all_, eps):
+    """float64 [B, T, S] of what is kept."""
+    batch, length, half = *position.shape, cos.shape[-1]
+    keys = kept.reshape(batch, -1, kept.shape[1]).astype(np.float64)
+    q = (q_latent @ to_q.T).reshape(batch, length, -1, keys.shape[2]).astype(np.float64)
+    first, second = q[..., :half], q[..., half:2 * half]
+    q = np.concatenate((first * cos - second * sin, second * cos + first * sin, q[..., 2 * half:]), -1)
+    return np.einsum("bths,bth->bts", np.maximum(np.einsum("bthd,bsd->bths", q, keys), 0), x @ to_weight.T)
+
+
+def best_of(found, scores, position):
+    """Each query's are different rows, and up to its own position the best, or all; ties either way."""
+    for at, one, score in zip(position.ravel(), found.reshape(-1, found.shape[-1]), scores.reshape(-1, scores.shape[-1])):
+        earlier = one[one <= at]
+        assert len(set(one)) == len(one) and len(earlier) == min(len(one), at + 1)
+        close(np.sort(score[earlier]), np.sort(score[:at + 1])[-len(earlier):])
+
+
+def both(name, monkeypatch):
+    """The compiled form and the plain one."""
+    fast = operators.operator("decoding_" + name, "float32")
+    monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")
+    plain = operators.operator("decoding_" + name, "float32")
+    assert isinstance(fast, ms.ops.Custom) and not isinstance(plain, ms.ops.Custom)
+    return fast, plain
 
 
 def run(form, arguments):
