@@ -35,7 +35,7 @@ class Rows(nn.Cell):
     def construct(self, position, capacity, decode, sparse):
         """position int32 [B, T]; capacity: rows a growing tensor holds for one sequence, None without a cache."""
         cos, sin = self.angles(position)
-        rows = {"position": position, "cos": ops.expand_dims(cos, 2), "sin": ops.expand_dims(sin, 2),
+        rows = {"position": position, "cos": cos, "sin": sin,
                 "conv_open": ops.expand_dims(position >= self.taps, 2), "decode": decode, "sparse": sparse}
         length = position.shape[1]
         row = ops.arange(length, dtype=ms.int32)                                                # [T]

@@ -49,7 +49,7 @@ class Step(nn.Cell):
 
     def construct(self, ids, start, memory):
         new = ids[:, :-self.depths] if self.depths else ids
-        position = start + ops.expand_dims(ops.arange(new.shape[1], dtype=ms.int32), 0)         # [B, T]
+        position = start + ops.arange(new.shape[1], dtype=ms.int32)                             # [B, T]
         capacity = 1 if self.growing is None else memory[self.growing][LATENT].shape[0] // ids.shape[0]
         rows = self.rows(position, capacity, self.decode, self.sparse)
         merged, _ = self.causal_lm.model(new, rows, memory)
@@ -100,7 +100,7 @@ class Draft(nn.Cell):
         return drafts + min(drafts, depths)
 
     def construct(self, tokens, start, memory):
-        position = start + ops.expand_dims(ops.arange(tokens.shape[1], dtype=ms.int32), 0)      # [B, M]
+        position = start + ops.arange(tokens.shape[1], dtype=ms.int32)                          # [B, M]
         size = hidden_rows(SLACK)
         rows = self.rows(position, 1, True, False)
         kept = ops.gather(memory[self.last][0], ring_slots(position, size, True), 0)            # [B, M, H]

@@ -18,6 +18,7 @@ _SMALL = {
     "softmax": (portable.softmax, ascend.softmax, None),
     "sigmoid": (portable.sigmoid, ascend.sigmoid, None),
     "rotate": (portable.rotate, portable.rotate, "Rotate"),
+    "rotary_angles": (portable.rotary_angles, portable.rotary_angles, "RotaryAngles"),
     "short_conv": (portable.short_conv, portable.short_conv, "ShortConv"),
     "top_k": (portable.top_k, portable.top_k, None),
     "remember": (cache.remember, cache.remember, "Remember"),

@@ -17,10 +17,11 @@ from mindspore.ops import CustomRegOp, DataType
 from pangu_ms.ops.gradients import BPROPS
 
 OUTPUTS = {  # where it is not one float32
-    "HyperConnectionRead": (ms.float32,) * 3, "Route": (ms.int32, ms.float32),
+    "RotaryAngles": (ms.float32,) * 2, "HyperConnectionRead": (ms.float32,) * 3, "Route": (ms.int32, ms.float32),
     "DecodingQuery": (ms.float32,) * 2, "DecodingRead": (ms.float32,) * 3, "DecodingTurn": (ms.float32,) * 4,
     "DecodingSelect": (ms.int32,), "DecodingExperts": (ms.float32, ms.int32, ms.float32),
 }
+NO_GRADIENT = ("Decoding", "RotaryAngles")  # how their names begin
 
 
 def available():
@@ -44,7 +45,7 @@ def form(function, plain):
         given = [f"d{i}" for i in range(len(outputs))]
         bprop = bprop(_operator(f"{function}Gradient", arguments + given, (ms.float32,) * gradients))
     else:
-        bprop = None if function.startswith("Decoding") else _plain_bprop(plain, len(arguments))
+        bprop = None if function.startswith(NO_GRADIENT) else _plain_bprop(plain, len(arguments))
     return _operator(function, arguments, outputs, bprop)
 
 

@@ -56,6 +56,18 @@ def rotate(x, cos, sin, start):
     return ops.cast(ops.cat(parts, -1), x.dtype)
 
 
+def rotary_angles(position, coarse, fine):
+    """position int32 [B, T] -> cos and sin [B, T, 1, h], by the addition theorem; see `RotaryAngles`.
+
+    coarse [.., 2h] and fine [S, 2h]: cosines, then sines, of the multiples of S and of 0 .. S - 1.
+    """
+    position = ops.expand_dims(ops.maximum(position, 0), 2)                     # rows before the text mean nothing
+    stride, half = fine.shape[0], fine.shape[1] // 2
+    coarse, fine = ops.gather(coarse, position // stride, 0), ops.gather(fine, position % stride, 0)
+    (cos_a, sin_a), (cos_b, sin_b) = ops.split(coarse, half, -1), ops.split(fine, half, -1)
+    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+
+
 def short_conv(x, past, weight, open_):
     """y_t = x_t + sum_j weight[:, j] * x_{t-k+1+j} where open_, else x_t.
 

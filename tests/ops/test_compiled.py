@@ -1,5 +1,6 @@
 """Each compiled operator against its plain form: results, gradients, and lengths that change after compiling."""
 import inspect
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import pangu_ms.model  # noqa: F401  turns graph mode on
 from pangu_ms import ops as operators
+from pangu_ms.model.rope import RotaryAngles
 from pangu_ms.ops import compiled
 
 if not compiled.available():
@@ -173,6 +175,20 @@ def test_ring(length, kept, monkeypatch):
     assert np.array_equal(found.asnumpy(), wanted.asnumpy())
     assert np.array_equal(*(kept_ring.asnumpy() for kept_ring in rings))
     assert not np.array_equal(rings[0].asnumpy(), ring.asnumpy())
+
+
+@pytest.mark.parametrize("compiled_ops", ["0", "1"])
+def test_rotary_angles_far_out(compiled_ops, monkeypatch):
+    monkeypatch.setenv("PANGU_MS_COMPILED_OPS", compiled_ops)
+    config = SimpleNamespace(qk_rope_head_dim=10, rope_theta=10000.0, max_position_embeddings=524288)
+    position = np.array([[0, 1, 1023, 1024, 70001], [524287, 524288, 5, 400000, 17]], np.int32)
+    angle = position[:, :, None, None] * config.rope_theta ** (-np.arange(5) / 5)
+    cell = RotaryAngles(config)
+    assert isinstance(cell.angles, ms.ops.Custom) == (compiled_ops == "1")
+    for found, wanted in zip(cell(ms.Tensor(position)), (np.cos(angle), np.sin(angle)), strict=True):
+        np.testing.assert_allclose(found.asnumpy(), wanted, rtol=0, atol=3e-7)
+    for found, wanted in zip(cell(ms.Tensor([[-3]], ms.int32)), (1, 0), strict=True):
+        assert found.shape == (1, 1, 1, 5) and (found == wanted).all()
 
 
 def test_extreme_values(monkeypatch):

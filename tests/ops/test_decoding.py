@@ -163,7 +163,8 @@ def index_scores(x, weight, norm, kept, position, cos, sin, q_latent, to_q, to_w
 
 def best_of(found, scores, position):
     """Each query's are different rows, and up to its own position the best, or all; ties either way."""
-    for at, one, score in zip(position.ravel(), found.reshape(-1, found.shape[-1]), scores.reshape(-1, scores.shape[-1])):
+    found, scores = (rows.reshape(-1, rows.shape[-1]) for rows in (found, scores))
+    for at, one, score in zip(position.ravel(), found, scores, strict=True):
         earlier = one[one <= at]
         assert len(set(one)) == len(one) and len(earlier) == min(len(one), at + 1)
         close(np.sort(score[earlier]), np.sort(score[:at + 1])[-len(earlier):])

@@ -26,7 +26,7 @@ struct Window {
     void mark(int64_t group, int64_t token, char* seen) const {
         const int64_t at = tokens.at(token);
         for (int64_t s = 0; s < count(group); s++) {
-            const int64_t rest = (last(group) - s) % places, back = at - last(group) + rest;  // from the query to the row
+            const int64_t rest = (last(group) - s) % places, back = at - last(group) + rest;  // from query to row
             seen[s] = back >= 0 && back <= at && (!window || back < window);
         }
     }

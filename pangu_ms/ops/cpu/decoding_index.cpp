@@ -61,13 +61,15 @@ OPERATOR(DecodingSelect) {
     linear(call.floats(0), call.floats(9), rows, call.dim(9, 1), heads, weight);
 
     for (int64_t b = 0; b < tokens.batch; b++) {
-        const float *from = query + b * queries * dim, *by = weight + b * queries, *keys = call.floats(3) + b * places * dim;
+        const float *from = query + b * queries * dim, *by = weight + b * queries,
+                    *keys = call.floats(3) + b * places * dim;
         float* sums = score + b * tokens.length * most;
         for (int64_t p = 0; p < panels; p++)
             pack_panel([=](int64_t i) { return p * LANES + i < queries ? from + (p * LANES + i) * dim : nullptr; }, dim,
                        packed + p * dim * LANES);
         in_chunks(tokens.at((b + 1) * tokens.length - 1) + 1, queries * dim, [=](int64_t first, int64_t last) {
-            for (int64_t t = 0; t < tokens.length; t++) std::fill(sums + t * most + first, sums + t * most + last, 0.0f);
+            for (int64_t t = 0; t < tokens.length; t++)
+                std::fill(sums + t * most + first, sums + t * most + last, 0.0f);
             many_dots(keys, dim, first, last, packed_panels(packed, dim), panels, dim,
                       [=](int64_t s, int n, int64_t p, const Lanes* v) {
                 for (int64_t i = p * LANES; i < std::min((p + 1) * LANES, queries); i++)

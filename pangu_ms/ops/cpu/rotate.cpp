@@ -1,4 +1,7 @@
-// Half-split rotary embedding of the dimensions start .. start + 2h - 1 of each head; the others pass through.
+// Half-split rotary embedding of the dimensions start .. start + 2h - 1 of each head; the others pass through; and its
+// angles.
+#include <algorithm>
+
 #include "call.h"
 #include "rotate.h"
 #include "threads.h"
@@ -24,3 +27,28 @@ OPERATOR(Rotate) {
 }
 
 ONE_SHAPE(Rotate) { return shape_of(0, ndims, shapes); }
+
+// position int32 [B, T], coarse [.., 2h] and fine [S, 2h]: cosines, then sines, of multiples of S and of 0 .. S - 1
+// -> cos and sin [B, T, 1, h] of the sums
+OPERATOR(RotaryAngles) {
+    const int64_t stride = call.dim(2, 0), half = call.dim(2, 1) / 2, last = call.dim(1, 0) - 1;
+    in_chunks(call.size(0), 4 * half, [=](int64_t first, int64_t end) {
+        for (int64_t i = first; i < end; i++) {
+            const int64_t position = std::max(call.ints(0)[i], 0);
+            const float *a = call.floats(1) + std::min(position / stride, last) * 2 * half,
+                        *b = call.floats(2) + position % stride * 2 * half;
+            float *cosines = call.floats(3) + i * half, *sines = call.floats(4) + i * half;
+#pragma omp simd
+            for (int64_t j = 0; j < half; j++) {
+                cosines[j] = a[j] * b[j] - a[half + j] * b[half + j];
+                sines[j] = a[half + j] * b[j] + a[j] * b[half + j];
+            }
+        }
+    });
+}
+
+MANY_SHAPES(RotaryAngles) {
+    if (ndims[0] != 2) return {{-2}, {-2}};
+    const Shape shape{shapes[0][0], shapes[0][1], 1, shapes[2][1] / 2};
+    return {shape, shape};
+}
