@@ -2,7 +2,7 @@
 import mindspore as ms
 from mindspore import nn, ops
 
-from pangu_ms.cache import GROWING, LATENT, hidden_rows, layer_shapes, remember, ring_order, ring_slots
+from pangu_ms.cache import GROWING, LATENT, grow, hidden_rows, layer_shapes, remember, ring_order, ring_slots
 from pangu_ms.model.rows import Rows
 
 # Rows of room in every ring when drafts may be rolled back. A draft step computes the last drafts + depths rows of the
@@ -64,9 +64,11 @@ class Step(nn.Cell):
         return logits
 
     def _keep_hidden(self, merged, position, memory):
-        size = hidden_rows(SLACK)
-        return remember(memory[len(self.plans)][0], merged, ring_order(position, size),
-                        ring_slots(position, size, self.decode), self.decode)
+        ring, size = memory[len(self.plans)][0], hidden_rows(SLACK)
+        slots = ring_slots(position, size, self.decode)
+        if self.decode:
+            return grow(ring, merged, slots)
+        return remember(ring, merged, ring_order(position, size), slots, False)
 
 
 class Draft(nn.Cell):
@@ -113,7 +115,7 @@ class Draft(nn.Cell):
             head = min(depth, self.depths)
             hidden, _ = self.causal_lm.mtp(head, tokens, hidden, rows, memory)
             logit = self.causal_lm.mtp_head(head, hidden[:, -1:])               # [B, 1, V]
-            draft = ops.cast(ops.argmax(logit, -1), ms.int32)                   # [B, 1]
+            draft = ops.Argmax(-1, ms.int32)(logit)                             # [B, 1]
             tokens = ops.cat((tokens[:, 1:], draft), 1)
             drafts, logits = drafts + (draft,), logits + (logit,)
         return ops.cat(drafts, 1), ops.cat(logits, 1)

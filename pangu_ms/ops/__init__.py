@@ -47,6 +47,8 @@ _COMPOSED = {
     "decoding_read": (decoding.read, "DecodingRead"),
     "decoding_write": (decoding.write, "DecodingWrite"),
     "decoding_turn": (decoding.turn, "DecodingTurn"),
+    "decoding_join": (decoding.join, "DecodingJoin"),
+    "decoding_residual": (decoding.residual, "DecodingResidual"),
     "decoding_experts": (decoding.experts, "DecodingExperts"),
 }
 

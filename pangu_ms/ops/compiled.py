@@ -19,7 +19,8 @@ from pangu_ms.ops.gradients import BPROPS
 OUTPUTS = {  # where it is not one float32
     "RotaryAngles": (ms.float32,) * 2, "HyperConnectionRead": (ms.float32,) * 3, "Route": (ms.int32, ms.float32),
     "DecodingQuery": (ms.float32,) * 2, "DecodingRead": (ms.float32,) * 3, "DecodingTurn": (ms.float32,) * 4,
-    "DecodingSelect": (ms.int32,), "DecodingExperts": (ms.float32, ms.int32, ms.float32),
+    "DecodingSelect": (ms.int32,), "DecodingJoin": (ms.float32,) * 2, "DecodingResidual": (ms.float32,) * 2,
+    "DecodingExperts": (ms.float32, ms.int32, ms.float32),
 }
 NO_GRADIENT = ("Decoding", "RotaryAngles")  # how their names begin
 

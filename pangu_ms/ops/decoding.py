@@ -141,6 +141,29 @@ def turn(small):
     return form
 
 
+def join(small):
+    linear, rms_norm = small("linear"), small("rms_norm")
+
+    def form(embedding, embedding_norm, hidden, hidden_norm, weight, norm, eps):
+        """The beginning of an MTP layer: both [B, T, H], normed, as one; weight [H, 2 * H] -> x, the norm of x."""
+        both = ops.cat((rms_norm(embedding, embedding_norm, eps), rms_norm(hidden, hidden_norm, eps)), -1)
+        x = linear(both, weight)
+        return x, rms_norm(x, norm, eps)
+
+    return form
+
+
+def residual(small):
+    rms_norm = small("rms_norm")
+
+    def form(x, y, norm, next_norm, eps):
+        """x + the norm of y, all [B, T, H], and the norm of that."""
+        x = x + rms_norm(y, norm, eps)
+        return x, rms_norm(x, next_norm, eps)
+
+    return form
+
+
 def experts(small):
     linear, route, few_tokens = small("linear"), small("route"), small("few_tokens")
     feed_forward = small("feed_forward")

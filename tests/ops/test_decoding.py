@@ -84,6 +84,15 @@ def write_by(batch, length, n=4, hidden=9):
             normal(batch, length, n, n), streams(batch, length, n, hidden))
 
 
+def join(batch, length, hidden=33):
+    return (normal(batch, length, hidden), normal(hidden), normal(batch, length, hidden), normal(hidden),
+            normal(hidden, 2 * hidden), normal(hidden), 1e-5)
+
+
+def residual(batch, length, hidden=33):
+    return normal(batch, length, hidden), normal(batch, length, hidden), normal(hidden), normal(hidden), 1e-5
+
+
 def experts(batch, length, hidden=33, count=7, width=17, shared=20, k=3):
     return (normal(batch, length, hidden), normal(count, hidden), normal(count) * 0.1, np.full(k, 2.5, np.float32),
             True, normal(count, width, hidden), normal(count, width, hidden), normal(count, hidden, width),
@@ -106,6 +115,8 @@ CASES = [
     *[("read", lambda t=t: (streams(*t), *read_by())) for t in [(1, 1), (2, 4)]],
     *[("write", lambda t=t: (*write_by(*t), 1e-5)) for t in [(1, 1), (2, 4)]],
     *[("turn", lambda t=t: (*write_by(*t), *read_by())) for t in [(1, 1), (2, 4)]],
+    *[(name, lambda t=t, make=make: make(*t)) for t in [(1, 1), (2, 9)]
+      for name, make in [("join", join), ("residual", residual)]],
     *[("experts", lambda t=t: experts(*t)) for t in [(1, 1), (1, 4), (2, 9)]],
 ]
 
