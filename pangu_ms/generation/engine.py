@@ -84,7 +84,9 @@ class Engine:
         tokens = np.array([([0] * window + text[1:])[-window:] for text in texts], np.int32)
         starts = np.array([[len(text) - 1 - window] for text in texts], np.int32)
         step = self.model.function(Draft, self.cache.batch, self.drafts)
-        drafts, logits = step(ms.Tensor(tokens), ms.Tensor(starts), ms.mutable(self.cache.tensors))
+        trunk = self.config.num_hidden_layers
+        memory = self.cache.tensors[trunk:][:min(self.drafts, self.depths)] + self.cache.tensors[-1:]
+        drafts, logits = step(ms.Tensor(tokens), ms.Tensor(starts), ms.mutable(memory))
         return drafts.asnumpy(), logits
 
     def _rows(self, rows):
@@ -106,5 +108,8 @@ class Engine:
         sparse = self.selects and end > self.config.index_topk
         step = self.model.function(Step, self.cache.batch, rows if decode else None, sparse, self.drafts > 0)
         starts = ms.Tensor(np.ascontiguousarray(self.cache.length[:, None], np.int32))
-        logits = step(ms.Tensor(np.ascontiguousarray(ids, np.int32)), starts, ms.mutable(self.cache.tensors))
+        memory = self.cache.tensors
+        if decode and self.drafts:                                              # the MTP layers wait for `draft`
+            memory = memory[:self.config.num_hidden_layers] + memory[-1:]
+        logits = step(ms.Tensor(np.ascontiguousarray(ids, np.int32)), starts, ms.mutable(memory))
         return logits.asnumpy()

@@ -124,11 +124,10 @@ class PanguForCausalLM(nn.Cell):
     def mtp(self, depth, ahead, hidden, rows, memory):
         """One MTP depth: ahead int32 [B, T], for each row p the token at p + depth; hidden [B, T, H], of depth - 1.
 
-        -> hidden [B, T, H], for `mtp_head` and the next depth, and the layer's routing.
+        memory: None, or the layer's tensors -> hidden [B, T, H], for `mtp_head` and the next depth, and the layer's
+        routing.
         """
-        index = self.model.depth + depth - 1
-        layer = self.model.layers[index]
-        return layer(self.model.embed_tokens(ahead), hidden, rows, None if memory is None else memory[index])
+        return self.model.layers[self.model.depth + depth - 1](self.model.embed_tokens(ahead), hidden, rows, memory)
 
     def mtp_head(self, depth, hidden):
         """-> float32 [B, T, vocab_size]: row p predicts the token at p + depth + 1."""

@@ -28,18 +28,20 @@ class Step(nn.Cell):
         drafting: the cache has SLACK and the MTP layers: hidden rows are kept, and a prefill runs the MTP layers too.
 
     `construct(ids int32 [B, T], start int32 [B, 1], memory)`: the tokens stand at positions start .. start + T - 1;
-    memory is `Cache.tensors`, updated in place. -> logits float32 [B, T or 1, vocab_size]. A drafting prefill takes
-    ids [B, T + depths], for the MTP layers read ahead; tokens not known yet may be anything, since the next draft step
-    computes their rows anew.
+    memory, updated in place, is what the step uses of `Cache.tensors`: of the trunk's layers, of the MTP layers too in
+    a drafting prefill, of the hidden ring too when drafting. MindSpore is slower for every tensor that is not used.
+    -> logits float32 [B, T or 1, vocab_size]. A drafting prefill takes ids [B, T + depths], for the MTP layers read
+    ahead; tokens not known yet may be anything, since the next draft step computes their rows anew.
     """
 
     def __init__(self, causal_lm, batch, length, sparse, drafting=False):
         super().__init__(auto_prefix=False)  # the parameters keep the names they have in the model
         self.causal_lm = causal_lm
         config, slack = causal_lm.config, SLACK if drafting else 0
-        self.plans = config.layers if drafting else config.layers[:config.num_hidden_layers]
-        self.rows = Rows(config, self.plans, slack)
         self.decode, self.sparse, self.drafting = length is not None, sparse, drafting
+        self.trunk = config.num_hidden_layers
+        self.plans = config.layers if drafting and not self.decode else config.layers[:self.trunk]
+        self.rows = Rows(config, self.plans, slack)
         self.depths = config.num_nextn_predict_layers if drafting and not self.decode else 0
         # A layer whose tensors tell the capacity; when every layer has a window, nothing needs it.
         self.growing = next((i for i, plan in enumerate(self.plans) if plan.window is None), None)
@@ -59,7 +61,7 @@ class Step(nn.Cell):
         hidden = self.causal_lm.mtp_hidden(merged)
         for depth in range(1, self.depths + 1):
             ahead = ids[:, depth:] if depth == self.depths else ids[:, depth:depth - self.depths]
-            hidden, _ = self.causal_lm.mtp(depth, ahead, hidden, rows, memory)
+            hidden, _ = self.causal_lm.mtp(depth, ahead, hidden, rows, memory[self.trunk + depth - 1])
             logits = ops.depend(logits, hidden)                                 # a write nobody uses is dropped
         return logits
 
@@ -74,7 +76,8 @@ class Step(nn.Cell):
 class Draft(nn.Cell):
     """The MTP layers after the last token: greedy drafts of the next ones (section 8).
 
-    `construct(tokens int32 [B, M], start int32 [B, 1], memory)`: row p of depth 1, start <= p < start + M, reads the
+    `construct(tokens int32 [B, M], start int32 [B, 1], memory)`: memory is that of the MTP layers that draft and of the
+    hidden ring, as in `Cache.tensors`. Row p of depth 1, start <= p < start + M, reads the
     trunk's hidden row p, which a step has kept, and the token at p + 1, given in `tokens`; the last row reads the last
     token of the text. Depth d reads the depth before and the token d ahead, drafts included. -> drafts int32
     [B, drafts], their logits float32 [B, drafts, vocab_size].
@@ -87,14 +90,14 @@ class Draft(nn.Cell):
         super().__init__(auto_prefix=False)
         self.causal_lm = causal_lm
         config = causal_lm.config
-        self.trunk, self.last = config.num_hidden_layers, len(config.layers)
         self.depths = min(drafts, config.num_nextn_predict_layers)
         self.repeats = drafts - self.depths                                     # of the last layer, on its own output
-        self.rows = Rows(config, config.layers[self.trunk:], SLACK)
+        plans = config.layers[config.num_hidden_layers:][:self.depths]
+        self.rows = Rows(config, plans, SLACK)
         self.phase = ONE_GRAPH
         self.set_inputs(ms.Tensor(shape=[batch, Draft.window(drafts, self.depths)], dtype=ms.int32),
                         ms.Tensor(shape=[batch, 1], dtype=ms.int32),
-                        memory_shapes(causal_lm, config.layers, batch, SLACK))
+                        memory_shapes(causal_lm, plans, batch, SLACK))
 
     @staticmethod
     def window(drafts, depths):
@@ -105,7 +108,7 @@ class Draft(nn.Cell):
         position = start + ops.arange(tokens.shape[1], dtype=ms.int32)                          # [B, M]
         size = hidden_rows(SLACK)
         rows = self.rows(position, 1, True, False)
-        kept = ops.gather(memory[self.last][0], ring_slots(position, size, True), 0)            # [B, M, H]
+        kept = ops.gather(memory[self.depths][0], ring_slots(position, size, True), 0)          # [B, M, H]
         hidden = self.causal_lm.mtp_hidden(kept)
         drafts, logits = (), ()
         for depth in range(1, self.depths + self.repeats + 1):
@@ -113,7 +116,7 @@ class Draft(nn.Cell):
                 tokens, hidden, position = tokens[:, -1:], hidden[:, -1:], position[:, -1:] + 1
                 rows = self.rows(position, 1, True, False)
             head = min(depth, self.depths)
-            hidden, _ = self.causal_lm.mtp(head, tokens, hidden, rows, memory)
+            hidden, _ = self.causal_lm.mtp(head, tokens, hidden, rows, memory[head - 1])
             logit = self.causal_lm.mtp_head(head, hidden[:, -1:])               # [B, 1, V]
             draft = ops.Argmax(-1, ms.int32)(logit)                             # [B, 1]
             tokens = ops.cat((tokens[:, 1:], draft), 1)
