@@ -50,6 +50,14 @@ def remember(ring, new, order, slots, decode):
     return ops.depend(past, ops.scatter_update(ring, slots, rows))              # a write nobody uses is dropped
 
 
+def remember_real(ring, new, order, slots, count):
+    """`remember` of a prefill step whose rows from `count` int32 [1] on are padding: the ring holds the last before."""
+    past = ops.gather(ring, order, 0)
+    last = count + ops.arange(order.shape[1], dtype=ms.int32)
+    rows = ops.gather(ops.cat((past, new), 1), last, 1)
+    return ops.depend(past, ops.scatter_update(ring, slots, rows))
+
+
 def grow(tensor, new, slots):
     """Write `new` [B, T, D] into a growing tensor. -> the tensor with the rows in it [B * capacity, D]."""
     return ops.scatter_update(tensor, slots, new)

@@ -16,19 +16,26 @@ class Engine:
     Sequences may differ in length: each has its own in `cache.length`. `num_draft_tokens` above 0 prepares for
     `draft`, which costs the MTP layers' share of the cache and of the prefill.
 
+    Where the device wants fixed shapes, a prefill step has exactly `chunk` rows, padded at the end, and the capacity
+    belongs to what is compiled. So it is index_topk while DSA layers see everything, and when they begin to select it
+    grows at once to what is enough for `expected` positions, which is of no effect otherwise.
+
     Attributes:
         cache (Cache):
         whole (bool): the cache holds its `length` tokens of each sequence; not so while a step is under way, nor after
             one that was cut short, which may have written over rows that the rings still need.
     """
 
-    def __init__(self, model, batch=1, capacity=256, num_draft_tokens=0):
+    def __init__(self, model, batch=1, capacity=256, num_draft_tokens=0, expected=0):
         self.model, self.config, self.drafts = model, model.config, num_draft_tokens
         self.depths = self.config.num_nextn_predict_layers if num_draft_tokens else 0
         plans = self.config.layers[:self.config.num_hidden_layers + self.depths]
+        self.selects = any(plan.kind == "dsa" for plan in plans)
+        self.fixed, self.expected = wants_fixed_shapes(), expected + num_draft_tokens
+        if self.fixed and self.selects:
+            capacity = self.config.index_topk
         self.cache = Cache(self.config, plans, batch, capacity, self.config.compute_dtype, SLACK if self.drafts else 0,
                            model.parallel.tensor)
-        self.selects = any(plan.kind == "dsa" for plan in plans)
         self.whole = True
 
     def prefill(self, ids, chunk=512, on_prefill=None):
@@ -37,11 +44,12 @@ class Engine:
         In chunks of at most `chunk` rows; `on_prefill(length)` is called after each, with the length of the longest.
         """
         done, total = 0, len(ids[0])
-        ahead = np.pad(ids, ((0, 0), (0, self.depths)))                         # what a drafting step reads ahead
+        self.expected = max(self.expected, int(self.cache.length.max()) - (-total // chunk) * chunk)    # with padding
+        ahead = np.pad(ids, ((0, 0), (0, self.depths + chunk)))                 # what a drafting step reads ahead
         while done < total:
-            rows = self._rows(min(chunk, total - done))
-            logits = self._step(ahead[:, done:done + rows + self.depths], rows, decode=False)
-            self.keep(rows)
+            rows = chunk if self.fixed else self._rows(min(chunk, total - done))
+            logits = self._step(ahead[:, done:done + rows + self.depths], rows, min(rows, total - done))
+            self.keep(min(rows, total - done))
             done += rows
             if on_prefill is not None:
                 on_prefill(int(self.cache.length.max()))
@@ -58,7 +66,7 @@ class Engine:
 
         The caller says how many are to stay (`keep`); the next step overwrites the others.
         """
-        return self._step(ids, ids.shape[1], decode=True)
+        return self._step(ids, ids.shape[1])
 
     def keep(self, count):
         """The first `count` tokens of the last step, an int or int32 [B], become part of the sequences."""
@@ -101,15 +109,28 @@ class Engine:
         scored = self.cache.capacity * config.index_n_heads * DTYPE_BYTES["float32"]
         return min(rows, max(1, CHUNK_BYTES // (self.cache.batch * max(gathered, scored))))
 
-    def _step(self, ids, rows, decode):
+    def _step(self, ids, rows, count=None):
+        """`rows` more rows; of a prefill, the first `count` are real."""
         self.whole = False
         end = int(self.cache.length.max()) + rows
-        self.cache.reserve(end)
         sparse = self.selects and end > self.config.index_topk
-        step = self.model.function(Step, self.cache.batch, rows if decode else None, sparse, self.drafts > 0)
+        length, fixed, counted = rows if count is None else None, None, ()
+        if self.fixed:
+            sparse = sparse or self.selects and self.cache.capacity > self.config.index_topk
+            self.cache.reserve(max(end, self.expected) if sparse or not self.selects else end)
+            fixed = (None, self.cache.capacity) if count is None else (rows, self.cache.capacity)
+            counted = () if count is None else (ms.Tensor([count], ms.int32),)
+        else:
+            self.cache.reserve(end)
+        step = self.model.function(Step, self.cache.batch, length, sparse, self.drafts > 0, fixed)
         starts = ms.Tensor(np.ascontiguousarray(self.cache.length[:, None], np.int32))
         memory = self.cache.tensors
-        if decode and self.drafts:                                              # the MTP layers wait for `draft`
+        if count is None and self.drafts:                                       # the MTP layers wait for `draft`
             memory = memory[:self.config.num_hidden_layers] + memory[-1:]
-        logits = step(ms.Tensor(np.ascontiguousarray(ids, np.int32)), starts, ms.mutable(memory))
+        logits = step(ms.Tensor(np.ascontiguousarray(ids, np.int32)), starts, ms.mutable(memory), *counted)
         return logits.asnumpy()
+
+
+def wants_fixed_shapes():
+    """Ascend works best on a graph whose every shape is known; on a CPU padding would cost more than it saves."""
+    return ms.get_context("device_target") == "Ascend"

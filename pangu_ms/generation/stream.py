@@ -109,7 +109,7 @@ def stream_generate(model, ids, max_new_tokens, *, tokenizer=None, stop=(), samp
     check_request(model.config, ids, max_new_tokens, num_draft_tokens)
     if prefill_chunk < 1:
         raise PanguError(f"prefill_chunk is {prefill_chunk}: wanted at least 1")
-    engine = Engine(model, num_draft_tokens=num_draft_tokens)
+    engine = Engine(model, num_draft_tokens=num_draft_tokens, expected=len(ids) + max_new_tokens)
     sequence = Sequence(ids, Sampler(sampling, ids), max_new_tokens, _eos(model.config, eos_token_ids))
     started = time.perf_counter()
     if continuation is None:
@@ -153,8 +153,9 @@ def generate_batch(model, prompts, max_new_tokens, *, sampling=None, num_draft_t
     caches, logits, sequences = [], [], []
     for ids in prompts:
         check_request(model.config, ids, max_new_tokens, num_draft_tokens)
+    expected = max(map(len, prompts), default=0) + max_new_tokens
     for ids in prompts:
-        engine = Engine(model, num_draft_tokens=num_draft_tokens)
+        engine = Engine(model, num_draft_tokens=num_draft_tokens, expected=expected)
         logits.append(engine.prefill([ids], prefill_chunk)[0])
         caches.append(engine.cache)
         sequences.append(Sequence(ids, Sampler(sampling, ids), max_new_tokens, _eos(model.config, eos_token_ids)))

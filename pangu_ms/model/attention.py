@@ -5,7 +5,7 @@ that all heads share. The operators `expanded` and `absorbed` attention are two 
 """
 from mindspore import nn, ops
 
-from pangu_ms.cache import INDEX_KEYS, KV_TAPS, LATENT, O_TAPS, Q_TAPS, grow
+from pangu_ms.cache import INDEX_KEYS, KV_TAPS, LATENT, O_TAPS, Q_TAPS, grow, remember_real
 from pangu_ms.model.conv import ShortConv
 from pangu_ms.model.indexer import Indexer
 from pangu_ms.model.linear import Linear, parameter
@@ -72,7 +72,7 @@ class Attention(nn.Cell):
                 if rows["sparse"]:
                     visible = with_sinks(selected, self.sinks)
         elif self.windowed:
-            past = self.remember(memory[LATENT], row, rows[self.order], rows[self.slot], False)
+            past = self._remember(memory[LATENT], row, rows[self.order], rows[self.slot], rows["count"])
             keys, visible = ops.cat((past, row), 1), rows[self.visible]
         else:
             cached = ops.reshape(grow(memory[LATENT], row, rows["slot"]), (x.shape[0], -1, self.latent + self.rope))
@@ -128,7 +128,12 @@ class Attention(nn.Cell):
         """The convolution inputs before this call: from the taps, or zeros, which the start rule never lets in."""
         if memory is None:
             return ops.zeros((new.shape[0], self.qa_conv.width - 1, new.shape[2]), new.dtype)
-        return self.remember(memory[site], new, rows["tap_order"], rows["tap_slot"], False)
+        return self._remember(memory[site], new, rows["tap_order"], rows["tap_slot"], rows["count"])
+
+    def _remember(self, ring, new, order, slots, count):
+        if count is None:
+            return self.remember(ring, new, order, slots, False)
+        return remember_real(ring, new, order, slots, count)
 
     def sink_rows(self):
         """[sinks, latent + rope]: normed like every latent row, never convolved, never rotated."""

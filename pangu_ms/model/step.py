@@ -2,7 +2,8 @@
 import mindspore as ms
 from mindspore import nn, ops
 
-from pangu_ms.cache import GROWING, LATENT, grow, hidden_rows, layer_shapes, remember, ring_order, ring_slots
+from pangu_ms.cache import (GROWING, LATENT, grow, hidden_rows, layer_shapes, remember, remember_real, ring_order,
+                            ring_slots)
 from pangu_ms.model.rows import Rows
 
 # Rows of room in every ring when drafts may be rolled back. A draft step computes the last drafts + depths rows of the
@@ -26,15 +27,19 @@ class Step(nn.Cell):
         sparse: DSA layers select `index_topk` rows. To be used once the context, new rows included, is longer than
             that; before, selecting is the same as taking all.
         drafting: the cache has SLACK and the MTP layers: hidden rows are kept, and a prefill runs the MTP layers too.
+        fixed: for a device that wants every shape known: (T of a prefill, rows that growing tensors hold for one
+            sequence). None: both are left open.
 
     `construct(ids int32 [B, T], start int32 [B, 1], memory)`: the tokens stand at positions start .. start + T - 1;
     memory, updated in place, is what the step uses of `Cache.tensors`: of the trunk's layers, of the MTP layers too in
     a drafting prefill, of the hidden ring too when drafting. MindSpore is slower for every tensor that is not used.
     -> logits float32 [B, T or 1, vocab_size]. A drafting prefill takes ids [B, T + depths], for the MTP layers read
-    ahead; tokens not known yet may be anything, since the next draft step computes their rows anew.
+    ahead; tokens not known yet may be anything, since the next draft step computes their rows anew. A prefill of fixed
+    shapes takes count int32 [1] as well: the rows from there on are padding, which leaves no trace but in growing
+    tensors, past the length.
     """
 
-    def __init__(self, causal_lm, batch, length, sparse, drafting=False):
+    def __init__(self, causal_lm, batch, length, sparse, drafting=False, fixed=None):
         super().__init__(auto_prefix=False)  # the parameters keep the names they have in the model
         self.causal_lm = causal_lm
         config, slack = causal_lm.config, SLACK if drafting else 0
@@ -46,18 +51,27 @@ class Step(nn.Cell):
         # A layer whose tensors tell the capacity; when every layer has a window, nothing needs it.
         self.growing = next((i for i, plan in enumerate(self.plans) if plan.window is None), None)
         self.phase = ONE_GRAPH
-        self.set_inputs(ms.Tensor(shape=[batch, length], dtype=ms.int32), ms.Tensor(shape=[batch, 1], dtype=ms.int32),
-                        memory_shapes(causal_lm, self.plans, batch, slack))
+        chunk, capacity = fixed or (None, None)
+        counted = () if self.decode or fixed is None else (ms.Tensor(shape=[1], dtype=ms.int32),)
+        width = length if self.decode or fixed is None else chunk + self.depths
+        self.set_inputs(ms.Tensor(shape=[batch, width], dtype=ms.int32), ms.Tensor(shape=[batch, 1], dtype=ms.int32),
+                        memory_shapes(causal_lm, self.plans, batch, slack, capacity), *counted)
 
-    def construct(self, ids, start, memory):
+    def construct(self, ids, start, memory, count=None):
         new = ids[:, :-self.depths] if self.depths else ids
         position = start + ops.arange(new.shape[1], dtype=ms.int32)                             # [B, T]
         capacity = 1 if self.growing is None else memory[self.growing][LATENT].shape[0] // ids.shape[0]
-        rows = self.rows(position, capacity, self.decode, self.sparse)
+        rows = self.rows(position, capacity, self.decode, self.sparse, count)
         merged, _ = self.causal_lm.model(new, rows, memory)
-        logits = self.causal_lm.logits(merged if self.decode else merged[:, -1:])
+        if self.decode:
+            shown = merged
+        elif count is None:
+            shown = merged[:, -1:]
+        else:
+            shown = ops.gather(merged, count - 1, 1)
+        logits = self.causal_lm.logits(shown)
         if self.drafting:
-            logits = ops.depend(logits, self._keep_hidden(merged, position, memory))
+            logits = ops.depend(logits, self._keep_hidden(merged, position, memory, count))
         hidden = self.causal_lm.mtp_hidden(merged)
         for depth in range(1, self.depths + 1):
             ahead = ids[:, depth:] if depth == self.depths else ids[:, depth:depth - self.depths]
@@ -65,12 +79,15 @@ class Step(nn.Cell):
             logits = ops.depend(logits, hidden)                                 # a write nobody uses is dropped
         return logits
 
-    def _keep_hidden(self, merged, position, memory):
+    def _keep_hidden(self, merged, position, memory, count):
         ring, size = memory[len(self.plans)][0], hidden_rows(SLACK)
-        slots = ring_slots(position, size, self.decode)
+        last = position if count is None else position[:, :1] + count - 1
+        order, slots = ring_order(position, size), ring_slots(last, size, self.decode)
         if self.decode:
             return grow(ring, merged, slots)
-        return remember(ring, merged, ring_order(position, size), slots, False)
+        if count is None:
+            return remember(ring, merged, order, slots, False)
+        return remember_real(ring, merged, order, slots, count)
 
 
 class Draft(nn.Cell):
@@ -124,14 +141,15 @@ class Draft(nn.Cell):
         return ops.cat(drafts, 1), ops.cat(logits, 1)
 
 
-def memory_shapes(causal_lm, plans, batch, slack):
-    """What a step is compiled for: the shapes of `Cache.tensors`, the capacity of growing tensors left open."""
+def memory_shapes(causal_lm, plans, batch, slack, capacity=None):
+    """What a step is compiled for: the shapes of `Cache.tensors`; capacity None leaves that of growing tensors open."""
     config, memory = causal_lm.config, []
     dtype = getattr(ms, config.compute_dtype)
     for plan in plans:
-        shapes = layer_shapes(config, plan, 1, slack, causal_lm.parallel.tensor)
-        memory.append(tuple(ms.Tensor(shape=[None if plan.window is None and i in GROWING else batch * rows, width],
-                                      dtype=dtype) for i, (rows, width) in enumerate(shapes)))
+        shapes = layer_shapes(config, plan, capacity or 1, slack, causal_lm.parallel.tensor)
+        opened = GROWING if plan.window is None and capacity is None else ()
+        memory.append(tuple(ms.Tensor(shape=[None if i in opened else batch * rows, width], dtype=dtype)
+                            for i, (rows, width) in enumerate(shapes)))
     if slack:
         memory.append((ms.Tensor(shape=[batch * hidden_rows(slack), config.hidden_size], dtype=dtype),))
     return ms.mutable(memory)

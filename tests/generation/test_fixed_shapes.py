@@ -1,0 +1,114 @@
+"""Steps whose every shape is known, as an accelerator wants them: the same logits, text and drafts, few compilations."""
+import numpy as np
+import pytest
+from mindspore.common.api import _cell_graph_executor
+from mindspore.train.mind_ir_pb2 import ModelProto
+
+from pangu_ms import PanguForCausalLM
+from pangu_ms.generation import engine as engines
+from pangu_ms.generation.continuation import Continuation
+from pangu_ms.generation.engine import Engine
+from pangu_ms.generation.stream import generate, generate_batch, stream_generate
+from pangu_ms.model.step import Step
+
+TOLERANCE = 2e-5
+PROMPTS = [[9], [5, 6, 7, 8], list(range(20, 50))]
+NEW_TOKENS = 20  # tiny: windows of 7, index_topk 8
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """From the call on, engines want fixed shapes."""
+    return lambda: monkeypatch.setattr(engines, "wants_fixed_shapes", lambda: True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, chunk", [("tiny", 3), ("odd", 5), ("tiny_full", 7), ("tiny", 64)])
+def test_logits_of_every_length(model, golden, fixed, name, chunk):
+    """Prefills that end inside a chunk, on its edge and one row into the next, and decoding behind each."""
+    wanted = golden(name, "T64")
+    ids, logits = wanted["ids"], wanted["logits"]
+    fixed()
+    for pieces in ([1, 1, chunk], [chunk - 1, 2 * chunk + 1], [17, 4]):
+        engine, end = Engine(model(name), expected=100), 0
+        for piece in pieces:
+            found = engine.prefill(ids[:, end:end + piece], chunk)
+            end = int(engine.cache.length[0])
+            close(found[0], logits[0, end - 1], logits)
+        for position in range(end, min(end + 9, 64)):
+            close(engine.decode(ids[:, position:position + 1])[0], logits[0, position], logits)
+
+
+def close(found, wanted, all_of_them):
+    assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(all_of_them).max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, drafts", [("tiny", 0), ("tiny", 3), ("odd", 3), ("tiny", 5)])
+def test_the_same_text_and_drafts(model, fixed, monkeypatch, name, drafts):
+    made, draft = [], Engine.draft
+
+    def recorded(self, texts):
+        found = draft(self, texts)
+        made.append(found[0].tolist())
+        return found
+    monkeypatch.setattr(Engine, "draft", recorded)
+    options = dict(num_draft_tokens=drafts, eos_token_ids=(), prefill_chunk=6)
+    wanted = [generate(model(name), prompt, NEW_TOKENS, **options) for prompt in PROMPTS]
+    drafts_wanted = made[:]
+    made.clear()
+    fixed()
+    assert [generate(model(name), prompt, NEW_TOKENS, **options) for prompt in PROMPTS] == wanted
+    assert made == drafts_wanted
+    assert generate_batch(model(name), PROMPTS, NEW_TOKENS, **options) == wanted
+
+
+@pytest.mark.slow
+def test_a_conversation_goes_on(model, fixed):
+    prompt, options = list(range(20, 60)), dict(num_draft_tokens=3, eos_token_ids=(), prefill_chunk=16)
+
+    def turns(continuation):
+        first = [piece.token_id for piece in stream_generate(model("tiny"), prompt, 9, continuation=continuation,
+                                                             **options)]
+        return first, [piece.token_id for piece in stream_generate(model("tiny"), prompt + first + [7, 8, 9] * 8, 9,
+                                                                   continuation=continuation, **options)]
+    wanted = turns(None)
+    fixed()
+    assert turns(Continuation()) == wanted
+
+
+@pytest.mark.slow
+def test_one_compilation_for_each_length_and_sparse(data, fixed):
+    """Of prompts of many lengths: prefill and verifying, each before and after index_topk, and drafting."""
+    fixed()
+    fresh = PanguForCausalLM.from_pretrained(data / "tiny")
+    for length in (1, 2, 5, 9, 17, 27):
+        generate(fresh, list(range(20, 20 + length)), 28 - length, num_draft_tokens=3, eos_token_ids=(),
+                 prefill_chunk=4)
+    assert {len(step.compile_cache) for step in fresh._functions.values()} == {1}
+    assert sorted(cell.__name__ for cell, _ in fresh._functions) == ["Draft"] + ["Step"] * 4
+
+
+@pytest.mark.parametrize("fix", [True, False])
+def test_every_shape_of_the_compiled_graph_is_known(model, golden, fixed, fix):
+    if fix:
+        fixed()
+    wanted = golden("tiny", "T64")
+    found = Engine(model("tiny"), num_draft_tokens=3).prefill(wanted["ids"][:, :3], 4)
+    close(found[0], wanted["logits"][0, 2], wanted["logits"])
+    step = model("tiny").function(Step, 1, None, False, True, (4, 8) if fix else None)
+    phase, = step.compile_cache
+    graph = ModelProto.FromString(_cell_graph_executor._get_func_graph_proto(step, phase, "mind_ir"))
+    shapes = list(tensor_shapes(graph))
+    assert len(shapes) > 1000
+    assert any(min(shape) < 0 for shape in shapes) != fix
+
+
+def tensor_shapes(message):
+    """All that a MindIR says of tensors, -1 for what is open."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for each in [value] if hasattr(value, "ListFields") else value:
+                yield from tensor_shapes(each)
+        elif message.DESCRIPTOR.name == "TensorProto" and field.name == "dims":
+            yield tuple(value)
