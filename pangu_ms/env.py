@@ -109,11 +109,17 @@ def operators() -> dict:
 
 
 def form(ops, compiled, name: str, dtype: str, device: str) -> str:
-    """"compiled", "ascend" or "plain", by the rules of `pangu_ms.ops.operator`."""
+    """"compiled", "ascend" or "plain", by the rules of `pangu_ms.ops.operator`.
+
+    Ascend's attention takes 16 bits alone, and certain widths, which are not judged here: other models get the plain
+    form.
+    """
     chosen = ops.operator(name, dtype)
     if isinstance(chosen, compiled.ops.Custom):
         return "compiled"
-    if chosen.__module__ == "pangu_ms.ops.ascend":
+    if chosen.__module__ == "pangu_ms.ops.ascend_attention":
+        return "ascend" if dtype != "float32" else "plain, of ascend's small ones"
+    if chosen.__module__.startswith("pangu_ms.ops.ascend"):
         return "ascend"
     return "plain, of ascend's small ones" if device == "Ascend" and name in ops._COMPOSED else "plain"
 

@@ -2,7 +2,9 @@
 import functools
 import json
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,3 +50,36 @@ def small(data):
         from pangu_ms.config import PanguConfig
         return PanguConfig.from_dict(tiny | fields)
     return config
+
+
+@pytest.fixture
+def on_ascend(monkeypatch):
+    """The table of operators chooses as on an Ascend."""
+    from pangu_ms import ops
+    monkeypatch.setattr(ops, "context", SimpleNamespace(get_context=lambda key: "Ascend"))
+
+
+@pytest.fixture
+def refused_graph(tmp_path, monkeypatch):
+    """refused_graph(cell, *inputs) -> primitives, shapes: of a graph whose types and shapes all pass inference, and
+    that is refused because an operator in it has no kernel here. Shapes as text, "-1" for what is open."""
+    import mindspore as ms
+    monkeypatch.chdir(tmp_path)                                                 # MindSpore may write into it
+    monkeypatch.setenv("MS_DEV_DUMP_IR_PASSES", "validate")
+    missing = r"Unsupported op \[\w+\] on CPU|Select CPU operator\[\w+\] fail! Unsupported data type"
+
+    def compiled(cell, *inputs):
+        ms.set_context(save_graphs=1, save_graphs_path=str(tmp_path))
+        try:
+            cell.compile(*inputs)
+        except Exception as error:  # it raises of every kind
+            if not re.search(missing, str(error)):
+                pytest.fail(f"refused, not for want of a kernel: {error}")
+        else:
+            pytest.fail("not refused")
+        finally:
+            ms.set_context(save_graphs=0)
+        file, = tmp_path.rglob("*_validate_*.ir")
+        text = file.read_text()
+        return set(re.findall(r"Prim(?:Func)?_(\w+)\(", text)), re.findall(r"<Tensor\[\w+\], \(([-\d, ]*)\)", text)
+    return compiled

@@ -29,6 +29,19 @@ def test_a_laptop(bare, capsys):
     assert {forms["bfloat16"] for forms in found["operators"].values()} == {"plain"}
 
 
+def test_forms_on_an_ascend(on_ascend):
+    from pangu_ms import ops
+    forms = {name: {dtype: env.form(ops, ops.compiled, name, dtype, "Ascend") for dtype in ("float32", "bfloat16")}
+             for name in ("rms_norm", "linear", "expanded_attention", "choose", "many_tokens", "decoding_experts")}
+    made = "plain, of ascend's small ones"
+    assert forms == {"rms_norm": {"float32": "ascend", "bfloat16": "ascend"},
+                     "linear": {"float32": "plain", "bfloat16": "plain"},
+                     "expanded_attention": {"float32": made, "bfloat16": "ascend"},
+                     "choose": {"float32": made, "bfloat16": "ascend"},
+                     "many_tokens": {"float32": "ascend", "bfloat16": "ascend"},
+                     "decoding_experts": {"float32": made, "bfloat16": made}}
+
+
 def test_cann_driver_and_devices(bare, monkeypatch):
     for name, text in (("driver/version.info", "Version=25.2.0\nascendhal_version=7.35.23\n"),
                        ("ascend-toolkit/latest/version.cfg", "runtime_running_version=[8.3.RC1:8.3]\n")):

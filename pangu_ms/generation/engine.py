@@ -4,9 +4,11 @@ import numpy as np
 
 from pangu_ms.cache import DTYPE_BYTES, Cache
 from pangu_ms.model.step import SLACK, Draft, Step
+from pangu_ms.ops.ascend_attention import gathers_no_rows
 
 # Sparse attention gathers index_topk latent rows for each query of a prefill chunk, and the indexer scores every
 # earlier row for each of its heads: chunks are cut so that neither takes more than this, at a few copies of each.
+# Not so where fused operators read the rows where they lie.
 CHUNK_BYTES = 2 ** 26
 
 
@@ -44,10 +46,10 @@ class Engine:
         In chunks of at most `chunk` rows; `on_prefill(length)` is called after each, with the length of the longest.
         """
         done, total = 0, len(ids[0])
-        self.expected = max(self.expected, int(self.cache.length.max()) - (-total // chunk) * chunk)    # with padding
+        self.expected = max(self.expected, int(self.cache.length.max()) + total + chunk)        # padding included
         ahead = np.pad(ids, ((0, 0), (0, self.depths + chunk)))                 # what a drafting step reads ahead
         while done < total:
-            rows = chunk if self.fixed else self._rows(min(chunk, total - done))
+            rows = self._rows(chunk, total - done)
             logits = self._step(ahead[:, done:done + rows + self.depths], rows, min(rows, total - done))
             self.keep(min(rows, total - done))
             done += rows
@@ -97,12 +99,20 @@ class Engine:
         drafts, logits = step(ms.Tensor(tokens), ms.Tensor(starts), ms.mutable(memory))
         return drafts.asnumpy(), logits
 
-    def _rows(self, rows):
-        """How many rows one step may take: DSA selects for all of them or for none, and memory is bounded."""
-        if not self.selects:
+    def _rows(self, chunk, left):
+        """How many rows the next step of a prefill has, padding included.
+
+        DSA selects for all of them or for none, and memory is bounded.
+        """
+        rows, config = chunk if self.fixed else min(chunk, left), self.config
+        if not self.selects or self.fixed and gathers_no_rows(config):
             return rows
-        length, config = int(self.cache.length.max()), self.config
-        if length < config.index_topk:
+        length = int(self.cache.length.max())
+        if self.fixed:
+            if max(length + rows, self.cache.capacity) <= config.index_topk:
+                return rows
+            self.cache.reserve(self.expected)
+        elif length < config.index_topk:
             return min(rows, config.index_topk - length)
         gathered = config.index_topk * (config.kv_lora_rank + config.qk_rope_head_dim)
         gathered *= DTYPE_BYTES[config.compute_dtype]

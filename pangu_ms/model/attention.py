@@ -11,7 +11,7 @@ from pangu_ms.model.indexer import Indexer
 from pangu_ms.model.linear import Linear, parameter
 from pangu_ms.model.norm import RMSNorm
 from pangu_ms.ops import operator
-from pangu_ms.ops.attention import gather_rows, with_sinks
+from pangu_ms.ops.attention import with_sinks
 from pangu_ms.ops.portable import MASKED
 
 
@@ -46,7 +46,7 @@ class Attention(nn.Cell):
         self.rotate, self.top_k = operator("rotate", config.compute_dtype), operator("top_k", config.compute_dtype)
         self.latent_rows = operator("latent_rows", config.compute_dtype)
         self.remember = operator("remember", config.compute_dtype)
-        self.absorbed = operator("absorbed_attention", config.compute_dtype)
+        self.selected = operator("selected_attention", config.compute_dtype)
         self.expanded = operator("expanded_attention", config.compute_dtype)
         self.query, self.row, self.attend, self.attend_chosen = (
             operator(f"decoding_{what}", config.compute_dtype) for what in ("query", "row", "attention", "chosen"))
@@ -62,7 +62,7 @@ class Attention(nn.Cell):
         if rows["decode"]:
             return self._decode(x, rows, memory), ()
         q_latent, q, row = self._project(x, rows, memory)
-        index = ()
+        index, chosen = (), None
         if memory is None:
             keys, visible = row, rows[self.visible]
             if self.dsa:
@@ -82,13 +82,13 @@ class Attention(nn.Cell):
                 past = ops.reshape(grow(memory[INDEX_KEYS], fresh, rows["slot"]), (x.shape[0], -1, fresh.shape[-1]))
                 keys = ops.depend(keys, past)                                   # a write nobody uses is dropped
                 if rows["sparse"]:
-                    chosen = self.top_k(self._masked_scores(x, q_latent, past, rows), self.topk)
-                    keys = gather_rows(cached, chosen)                          # [B, T, K, D]
-                    # A query with fewer earlier rows than K is given masked ones too: they stay masked.
-                    visible = with_sinks(chosen <= ops.expand_dims(rows["position"], 2), self.sinks)
-        attend = self.absorbed if keys.ndim == 4 else self.expanded
-        out = attend(q, self.copy(self.sink_rows()), self.copy(keys), visible, self.kv_b_proj.weight, self.scale)
-        out = self.o_conv(out, self._past(out, memory, O_TAPS, rows), rows["conv_open"])         # [B, T, heads * value]
+                    chosen = self.indexer.choose(x, q_latent, past, rows)
+        sinks, keys, kv_b = self.copy(self.sink_rows()), self.copy(keys), self.kv_b_proj.weight
+        if chosen is None:
+            out = self.expanded(q, sinks, keys, visible, kv_b, self.scale)      # [B, T, heads * value]
+        else:
+            out = self.selected(q, sinks, keys, chosen, rows["position"], kv_b, self.scale)
+        out = self.o_conv(out, self._past(out, memory, O_TAPS, rows), rows["conv_open"])
         return self.reduce(self.o_proj(out)), index
 
     def _decode(self, x, rows, memory):

@@ -20,6 +20,7 @@ class Indexer(nn.Cell):
         self.scale = self.heads ** -0.5 * self.dim ** -0.5  # no effect on the ranking; the KL loss needs it
         self.all = ms.Tensor(np.arange(config.index_topk), ms.int32)
         self.rotate = operator("rotate", config.compute_dtype)
+        self.choice = operator("choose", config.compute_dtype)
         self.index_row, self.select = (operator(f"decoding_{what}", config.compute_dtype)
                                        for what in ("index_row", "select"))
 
@@ -30,9 +31,18 @@ class Indexer(nn.Cell):
 
     def construct(self, x, q_latent, keys, rows):
         """q_latent [B, T, q_lora_rank], after conv and norm; keys [B, S, D] -> scores float32 [B, T, S], not masked."""
-        q = ops.reshape(self.wq_b(q_latent), (keys.shape[0], -1, self.heads, self.dim))
+        q, weight = self._query(x, q_latent, rows)
+        return index_scores(q, keys, weight)
+
+    def choose(self, x, q_latent, keys, rows):
+        """The same, then the best rows of each query -> int32 [B, T, index_topk], for `selected_attention`."""
+        q, weight = self._query(x, q_latent, rows)
+        return self.choice(q, keys, weight, rows["position"], self.all.shape[0])
+
+    def _query(self, x, q_latent, rows):
+        q = ops.reshape(self.wq_b(q_latent), (x.shape[0], -1, self.heads, self.dim))
         weight = ops.cast(self.weights_proj(x), ms.float32) * self.scale
-        return index_scores(self.rotate(q, rows["cos"], rows["sin"], 0), keys, weight)
+        return self.rotate(q, rows["cos"], rows["sin"], 0), weight
 
     def keep(self, x, kept, rows):
         """Decoding: the keys of x [B, T, H] are written to kept [B * S, D] -> they, [B, T, D]."""

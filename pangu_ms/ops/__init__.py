@@ -1,14 +1,15 @@
 """Operators that differ by device, and the one table that chooses among their forms.
 
-A small operator has a plain form and a fused one for Ascend. A composed operator has one plain form, which is made of
-the device's small operators. Either may have a compiled form for the CPU, by its name in the library.
+A small operator has a plain form and one for Ascend. A composed operator has a plain form, which is made of the
+device's small operators, and may have a fused one for Ascend. Either may have a compiled form for the CPU, by its name
+in the library.
 """
 import mindspore as ms
 from mindspore import context
 
 from pangu_ms import cache
-from pangu_ms.ops import (ascend, attention, compiled, cross_entropy, decoding, experts, hyper_connection, portable,
-                          router)
+from pangu_ms.ops import (ascend, ascend_attention, ascend_experts, attention, compiled, cross_entropy, decoding,
+                          experts, hyper_connection, portable, router)
 
 _SMALL = {
     # operator: (portable form, Ascend form, compiled form)
@@ -17,10 +18,10 @@ _SMALL = {
     "swiglu": (portable.swiglu, ascend.swiglu, "Swiglu"),
     "softmax": (portable.softmax, ascend.softmax, None),
     "sigmoid": (portable.sigmoid, ascend.sigmoid, None),
-    "rotate": (portable.rotate, portable.rotate, "Rotate"),
+    "rotate": (portable.rotate, ascend.rotate, "Rotate"),
     "rotary_angles": (portable.rotary_angles, portable.rotary_angles, "RotaryAngles"),
     "short_conv": (portable.short_conv, portable.short_conv, "ShortConv"),
-    "top_k": (portable.top_k, portable.top_k, None),
+    "top_k": (portable.top_k, ascend.top_k, None),
     "remember": (cache.remember, cache.remember, "Remember"),
     "hyper_connection_write": (hyper_connection.write, hyper_connection.write, "HyperConnectionWrite"),
 }
@@ -32,6 +33,8 @@ _COMPOSED = {
     "masked_softmax": (attention.masked_softmax, "MaskedSoftmax"),
     "absorbed_attention": (attention.absorbed, "AbsorbedAttention"),
     "expanded_attention": (attention.expanded, "ExpandedAttention"),
+    "selected_attention": (attention.selected, None),
+    "choose": (attention.choose, None),
     "attended": (attention.attended, None),
     "route": (router.route, "Route"),
     "few_tokens": (experts.few_tokens, "Experts"),
@@ -51,6 +54,14 @@ _COMPOSED = {
     "decoding_residual": (decoding.residual, "DecodingResidual"),
     "decoding_experts": (decoding.experts, "DecodingExperts"),
 }
+_FUSED = {
+    # composed operator: what makes its Ascend form; the others are made of small ones there too
+    "expanded_attention": ascend_attention.expanded,
+    "selected_attention": ascend_attention.selected,
+    "choose": ascend_attention.choose,
+    "many_tokens": ascend_experts.many_tokens,
+    "cross_entropy": ascend.cross_entropy,
+}
 
 
 def operator(name, dtype):
@@ -64,6 +75,7 @@ def operator(name, dtype):
         plain = fused if ascend_device else plain
     else:
         make, function = _COMPOSED[name]
+        make = _FUSED.get(name, make) if ascend_device else make
         plain = make(lambda small: operator(small, dtype))
     if function and not ascend_device and dtype in ("float32", ms.float32) and compiled.available():
         return compiled.form(function, plain)

@@ -1,9 +1,16 @@
-"""The fused CANN forms of the operators in `portable.py`: same arguments, same result up to rounding.
+"""The fused CANN forms of the small operators in `portable.py`: same arguments, same result up to rounding.
 
-None of these has run on a device yet. Type and shape inference of a graph that holds them passes on a host without
-CANN and stops where the kernel is chosen; tests/ops checks that.
+None of these, nor of those in `ascend_attention.py` and `ascend_experts.py`, has run on a device yet. They follow what
+MindSpore 2.9 says of its operators. Type and shape inference of a graph that holds them passes on a host without CANN
+and stops where the kernel is chosen; where the layout of an operand could be wrong, tests/ops puts what the operator's
+documentation says in its place and compares with the plain form.
 """
-from mindspore import ops
+import mindspore as ms
+from mindspore import mint, ops
+from mindspore.ops.auto_generate import CrossEntropyLoss, RotaryPositionEmbedding
+
+_ROTATE = RotaryPositionEmbedding()
+_CROSS_ENTROPY = CrossEntropyLoss()
 
 
 def rms_norm(x, weight, eps):
@@ -20,3 +27,33 @@ def sigmoid(x):
 
 def swiglu(gate, up):
     return ops.swiglu(ops.cat((gate, up), -1), -1)
+
+
+def rotate(x, cos, sin, start):
+    """The operator wants every angle twice, and all three of one dtype: float32, since angles lose too much in less."""
+    end = start + 2 * cos.shape[-1]
+    turned = _ROTATE(ops.cast(x[..., start:end], ms.float32), ops.cat((cos, cos), -1), ops.cat((sin, sin), -1), 0)
+    parts = (ops.cast(turned, x.dtype),)
+    if start > 0:
+        parts = (x[..., :start],) + parts
+    if end < x.shape[-1]:
+        parts = parts + (x[..., end:],)
+    return ops.cat(parts, -1)
+
+
+def top_k(scores, k):
+    """In descending order, which `sparse_flash_attention` relies on: what is masked comes last."""
+    return ops.cast(mint.topk(scores, k, -1)[1], ms.int32)
+
+
+def cross_entropy(small):
+    """A composed one: the head is the device's linear operator."""
+    linear = small("linear")
+
+    def form(hidden, weight, labels, mask):
+        logits = ops.cast(linear(hidden, weight), ms.float32)
+        loss = _CROSS_ENTROPY(ops.reshape(logits, (-1, weight.shape[0])), ops.cast(ops.reshape(labels, (-1,)), ms.int64),
+                              None, "none")[0]
+        return ops.reshape(loss, labels.shape) * mask
+
+    return form

@@ -70,8 +70,34 @@ def absorbed(small):
         score = ops.reshape(_latent_score(q, keys, kv_b), (batch, -1, heads, keys.shape[1]))    # [B, T, heads, S0 + S]
         prob = ops.reshape(masked_softmax(score, visible, scale), (groups, -1, keys.shape[1]))
         out = ops.reshape(ops.matmul(prob, keys)[..., :latent], (batch, -1, heads, latent))
-        out = _by_head(ops.BatchMatMul(transpose_b=True), out, up[:, nope:])    # [B, T, heads, value]
+        out = by_head(ops.BatchMatMul(transpose_b=True), out, up[:, nope:])    # [B, T, heads, value]
         return ops.reshape(out, (batch, -1, heads * out.shape[-1]))
+
+    return form
+
+
+def selected(small):
+    absorbed = small("absorbed_attention")
+
+    def form(q, sinks, cached, chosen, position, kv_b, scale):
+        """Of cached [B, S, D] a query at position int32 [B, T] sees the rows chosen int32 [B, T, K], and the sinks.
+
+        Left out of chosen is what is below 0 or behind the query's position: a query may have fewer rows than K.
+        """
+        keys, seen = chosen_rows(cached, chosen, position)
+        return absorbed(q, sinks, keys, with_sinks(seen, sinks.shape[0]), kv_b, scale)
+
+    return form
+
+
+def choose(small):
+    top_k = small("top_k")
+
+    def form(q, keys, weight, position, k):
+        """DSA's choice for `selected`: the k rows that score best -> int32 [B, T, k]. Arguments of `index_scores`."""
+        scores = index_scores(q, keys, weight)
+        behind = ops.arange(keys.shape[1], dtype=position.dtype) > ops.expand_dims(position, 2)
+        return top_k(ops.masked_fill(scores, behind, MASKED), k)
 
     return form
 
@@ -100,11 +126,12 @@ def index_scores(q, keys, weight):
     return ops.squeeze(ops.matmul(ops.expand_dims(ops.cast(weight, ms.float32), 2), each), 2)
 
 
-def gather_rows(cached, chosen):
-    """cached [B, S, D], chosen int32 [B, T, K] -> [B, T, K, D]."""
+def chosen_rows(cached, chosen, position):
+    """The rows that `selected` reads, [B, T, K, D], and which of them count, bool [B, T, K]."""
     b, s, d = cached.shape
     start = ops.reshape(ops.arange(b, dtype=ms.int32) * s, (b, 1, 1))
-    return ops.gather(ops.reshape(cached, (-1, d)), ops.cast(chosen + start, ms.int32), 0)
+    keys = ops.gather(ops.reshape(cached, (-1, d)), ops.cast(ops.maximum(chosen, 0) + start, ms.int32), 0)
+    return keys, ops.logical_and(chosen >= 0, chosen <= ops.expand_dims(position, 2))
 
 
 def _latent_score(q, keys, kv_b):
@@ -112,7 +139,7 @@ def _latent_score(q, keys, kv_b):
     heads, latent = q.shape[2], kv_b.shape[1]
     nope = q.shape[3] - (keys.shape[-1] - latent)
     up = ops.reshape(kv_b, (heads, -1, latent))[:, :nope]
-    q = ops.cat((_by_head(ops.matmul, q[..., :nope], up), q[..., nope:]), -1)   # [B, T, heads, D]
+    q = ops.cat((by_head(ops.matmul, q[..., :nope], up), q[..., nope:]), -1)   # [B, T, heads, D]
     return ops.BatchMatMul(transpose_b=True)(ops.reshape(q, (keys.shape[0], -1, keys.shape[-1])), keys)
 
 
@@ -122,7 +149,7 @@ def with_sinks(visible, sinks):
     return ops.expand_dims(ops.cat((always, visible), 2), 2)
 
 
-def _by_head(product, x, weight):
+def by_head(product, x, weight):
     """x [B, T, heads, I] by one matrix for each head -> [B, T, heads, O]."""
     b, _, heads, width = x.shape
     x = ops.reshape(ops.transpose(x, (2, 0, 1, 3)), (heads, -1, width))         # [heads, B * T, I]

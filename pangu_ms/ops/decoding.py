@@ -10,8 +10,7 @@ differentiated.
 from mindspore import ops
 
 from pangu_ms.cache import ring_order, ring_slots
-from pangu_ms.ops.attention import gather_rows, index_scores, with_sinks
-from pangu_ms.ops.portable import MASKED
+from pangu_ms.ops.attention import chosen_rows, with_sinks
 
 
 def query(small):
@@ -67,9 +66,8 @@ def chosen(small):
     attend = _attend(small)
 
     def form(q, sink_latent, sink_k_pe, norm, kept, kv_b, ring, conv, weight, position, chosen, scale, eps):
-        """The same, but a query sees the rows of the positions chosen int32 [B, T, K] that are not behind its own."""
-        keys = gather_rows(ops.reshape(kept, (q.shape[0], -1, kept.shape[1])), chosen)      # [B, T, K, D]
-        seen = chosen <= ops.expand_dims(position, 2)
+        """The same, but a query sees of the rows chosen int32 [B, T, K] what `selected_attention` says."""
+        keys, seen = chosen_rows(ops.reshape(kept, (q.shape[0], -1, kept.shape[1])), chosen, position)
         return attend(q, sink_latent, sink_k_pe, norm, keys, seen, kv_b, ring, conv, weight, position, scale, eps)
 
     return form
@@ -89,7 +87,7 @@ def index_row(small):
 
 
 def select(small):
-    keys, linear, rotate, top_k = index_row(small), small("linear"), small("rotate"), small("top_k")
+    keys, linear, rotate, choose = index_row(small), small("linear"), small("rotate"), small("choose")
 
     def form(x, weight, norm, kept, position, cos, sin, q_latent, to_q, to_weight, all_, eps):
         """The indexer: its new keys are kept, and the best rows of all selected -> their positions int32 [B, T, K].
@@ -101,9 +99,7 @@ def select(small):
         kept = ops.depend(kept, keys(x, weight, norm, kept, position, cos, sin, eps))
         past = ops.reshape(kept, (batch, -1, kept.shape[1]))
         q = ops.reshape(linear(q_latent, to_q), (batch, -1, heads, kept.shape[1]))
-        scores = index_scores(rotate(q, cos, sin, 0), past, linear(x, to_weight))
-        behind = ops.arange(past.shape[1], dtype=position.dtype) > ops.expand_dims(position, 2)
-        return top_k(ops.masked_fill(scores, behind, MASKED), all_.shape[0])
+        return choose(rotate(q, cos, sin, 0), past, linear(x, to_weight), position, all_.shape[0])
 
     return form
 
@@ -170,7 +166,7 @@ def experts(small):
 
     def form(x, router, bias, scale, normalise, gate, up, down, shared_gate, shared_up, shared_down):
         """x [B, T, H], router [E, H] -> y [B, T, H], routed and shared experts together, ids and weights [B, T, K]."""
-        ids, weights = route(linear(x, router), bias, scale, normalise)
+        ids, weights = route(linear(ops.cast(x, router.dtype), router), bias, scale, normalise)
         shared = feed_forward(x, shared_gate, shared_up, shared_down)
         return few_tokens(x, ids, weights, gate, up, down) + shared, ids, weights
 

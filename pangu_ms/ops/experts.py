@@ -23,7 +23,7 @@ def few_tokens(small):
         rows = ops.tile(ops.reshape(x, (-1, 1, x.shape[-1])), (1, k, 1))        # [N, K, H], N tokens
         rows = ops.reshape(rows, (-1, 1, x.shape[-1]))                          # [P, 1, H]
         y = feed_forward(rows, ops.gather(gate, chosen, 0), ops.gather(up, chosen, 0), ops.gather(down, chosen, 0))
-        return _weighted_sum(y, weights, x)
+        return weighted_sum(y, weights, x)
 
     return form
 
@@ -63,7 +63,7 @@ def many_tokens(small):
         rows = ops.reshape(ops.gather(padded, source, 0), (-1, BLOCK, x.shape[-1]))             # [blocks, BLOCK, H]
         y = feed_forward(rows, ops.gather(gate, expert, 0), ops.gather(up, expert, 0), ops.gather(down, expert, 0))
         y = ops.gather(ops.reshape(y, (-1, x.shape[-1])), row, 0)               # [P, H]
-        return _weighted_sum(y, weights, x)
+        return weighted_sum(y, weights, x)
 
     return form
 
@@ -93,7 +93,7 @@ def _by_matrix(swiglu):
     return form
 
 
-def _weighted_sum(y, weights, x):
+def weighted_sum(y, weights, x):
     """y [P, ..., H], weights [..., K] -> shaped like x [..., H], summed in float32."""
     k = weights.shape[-1]
     y = ops.cast(ops.reshape(y, (-1, k, y.shape[-1])), ms.float32)

@@ -46,3 +46,14 @@ def compare(found, wanted, largest):
     assert np.abs(found - wanted).max() <= 2e-5 * largest
     assert (found.argmax(-1) == wanted.argmax(-1)).all()
     return 1
+
+
+@pytest.mark.slow
+def test_float16(data, golden):
+    """Prefill and decoding against the full forward in 16 bits as well: their rounding alone moves experts and rows."""
+    from pangu_ms import PanguForCausalLM
+    ids, half = golden("tiny", "T24")["ids"], PanguForCausalLM.from_pretrained(data / "tiny", dtype="float16")
+    logits, engine = half(ids).asnumpy(), Engine(half, capacity=32)
+    found = [engine.prefill(ids[:, :5]), engine.prefill(ids[:, 5:20]), engine.decode(ids[:, 20:21])]
+    for position, row in zip((4, 19, 20), found):
+        assert np.abs(row - logits[:, position]).max() <= 0.02 * np.abs(logits).max()

@@ -12,11 +12,6 @@ def built(monkeypatch):
     return lambda yes: monkeypatch.setattr(compiled, "available", lambda: yes)
 
 
-@pytest.fixture
-def on_ascend(monkeypatch):
-    monkeypatch.setattr(operators.context, "get_context", lambda key: {"device_target": "Ascend"}[key])
-
-
 @pytest.mark.parametrize("dtype", ["float16", ms.float16, "bfloat16", "float32"])
 def test_plain_forms_without_the_library(built, dtype):
     built(False)
@@ -43,7 +38,8 @@ def test_compiled_forms(built, monkeypatch, name, dtype):
 def test_ascend_has_its_own_forms(built, on_ascend, dtype):
     built(True)
     assert operators.operator("rms_norm", dtype) is ascend.rms_norm
-    assert operators.operator("top_k", dtype) is portable.top_k
+    assert operators.operator("top_k", dtype) is ascend.top_k
+    assert operators.operator("linear", dtype) is portable.linear
 
 
 def test_the_environment_turns_them_off(monkeypatch):
@@ -59,3 +55,12 @@ def test_every_name_has_a_plain_form(built):
         assert callable(operators.operator(name, "float32"))
     with pytest.raises(KeyError):
         operators.operator("no such operator", "float32")
+
+
+@pytest.mark.parametrize("name, module", [
+    ("expanded_attention", "ascend_attention"), ("selected_attention", "ascend_attention"),
+    ("choose", "ascend_attention"), ("many_tokens", "ascend_experts"), ("cross_entropy", "ascend"),
+    ("absorbed_attention", "attention"), ("few_tokens", "experts")])
+def test_composed_operators_on_ascend(built, on_ascend, name, module):
+    built(True)
+    assert operators.operator(name, "bfloat16").__module__ == f"pangu_ms.ops.{module}"

@@ -1,0 +1,36 @@
+"""The routed experts' product on fused CANN operators: the pairs of token and choice sorted by expert, one product."""
+import mindspore as ms
+from mindspore import ops
+
+from pangu_ms.ops import experts
+from pangu_ms.ops.experts import weighted_sum
+
+MOST_EXPERTS = 1024             # of the grouped product
+MOST_CHOICES = 512              # of the sort
+
+
+def many_tokens(small):
+    swiglu, plain = small("swiglu"), experts.many_tokens(small)
+
+    def form(x, ids, weights, gate, up, down):
+        """As in `experts.py`, without empty rows.
+
+        The grouped product takes matrices [in, out] and the checkpoint's are [out, in]: each is transposed first, a
+        copy of all experts. The weighted sum stays outside the fused operator, for float32.
+        """
+        count, k = gate.shape[0], ids.shape[-1]
+        if count > MOST_EXPERTS or k > MOST_CHOICES:
+            return plain(x, ids, weights, gate, up, down)
+        rows, places = ops.moe_token_permute(ops.reshape(x, (-1, x.shape[-1])), ops.reshape(ids, (-1, k)))  # [P, H], [P]
+        of_expert = ops.expand_dims(ops.reshape(ids, (-1,)), 1) == ops.arange(count, dtype=ms.int32)    # [P, E]
+        sizes = ops.cast(ops.sum(ops.cast(of_expert, ms.float32), 0), ms.int64)
+        y = _product(swiglu(_product(rows, gate, sizes), _product(rows, up, sizes)), down, sizes)
+        return weighted_sum(ops.moe_token_unpermute(y, places), weights, x)
+
+    return form
+
+
+def _product(rows, weight, sizes):
+    """rows [P, I], of which sizes int64 [E] go to each expert in turn, weight [E, O, I] -> [P, O]."""
+    return ops.function.math_func.gmm([rows], [ops.transpose(weight, (0, 2, 1))], group_list=sizes,
+                                      group_list_type=1)[0]

@@ -1,0 +1,64 @@
+"""Whole graphs with the Ascend forms, in bf16 at the widths of the 92B model: all types and shapes pass inference.
+
+Two layers and an MTP layer stand for all; no memory is taken for parameters. What a device would make of it is open:
+the graph is refused here where kernels are chosen. See tests/ops/test_ascend.py for the forms by themselves.
+"""
+import mindspore as ms
+import pytest
+from mindspore.nn.utils import no_init_parameters
+
+from pangu_ms.config import PanguConfig
+
+CONFIG = PanguConfig.flash_92b(
+    compute_dtype="bfloat16", num_hidden_layers=2, num_nextn_predict_layers=1, first_k_dense_replace=1,
+    dsa_layers=(0,), swa_layers=(1, 2), sliding_window_list=(512, 2048), block_post_layernorm_idx=(0,))
+CHUNK, CAPACITY = 512, 32768
+ALWAYS = {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "TopkExt"}
+MANY_ROWS = ALWAYS | {"FlashAttentionScore", "MoeTokenPermute", "GroupedMatmulV4", "InnerMoeTokenUnpermute"}
+
+
+@pytest.fixture
+def model(on_ascend):
+    from pangu_ms import PanguForCausalLM
+    with no_init_parameters():
+        return PanguForCausalLM(CONFIG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length, sparse, capacity, primitives", [
+    (None, True, CAPACITY, MANY_ROWS | {"SparseFlashAttention", "LightningIndexer"}),
+    (None, False, CONFIG.index_topk, MANY_ROWS), (4, True, CAPACITY, ALWAYS | {"LightningIndexer"}),
+    (4, False, CONFIG.index_topk, ALWAYS)])
+def test_steps(model, refused_graph, length, sparse, capacity, primitives):
+    from pangu_ms.model.step import Step
+    step = Step(model, 1, length, sparse, True, (CHUNK if length is None else None, capacity))
+    found, shapes = refused_graph(step, *step.get_inputs())
+    assert primitives <= found
+    assert ("SparseFlashAttention" in found) == (length is None and sparse)
+    assert not any("-1" in shape for shape in shapes)
+    if length is None:                                                          # no copies, and no scores of all rows
+        assert not {f"1, {CHUNK}, {CONFIG.index_topk}, 576", f"1, {CHUNK}, 24, {CAPACITY}"} & set(shapes)
+
+
+@pytest.mark.slow
+def test_drafting(model, refused_graph):
+    from pangu_ms.model.step import Draft
+    step = Draft(model, 1, 3, CAPACITY)
+    found, shapes = refused_graph(step, *step.get_inputs())
+    assert ALWAYS <= found and not any("-1" in shape for shape in shapes)
+
+
+@pytest.mark.slow
+def test_gradients_of_training(model, refused_graph):
+    from pangu_ms.training.forward import TrainingForward
+    from pangu_ms.training.settings import TrainingSettings
+    from pangu_ms.training.step import Gradients
+    settings = TrainingSettings(indexer_loss="sparse", indexer_loss_coeff=0.1, balance_loss_coeff=0.1, z_loss_coeff=0.1)
+    forward = TrainingForward(model, settings)
+    weights = ms.ParameterTuple([weight for weight in model.trainable_params() if weight.requires_grad])
+    ids, mask = (ms.Tensor(shape=[1, 2304], dtype=dtype) for dtype in (ms.int32, ms.float32))
+    found, shapes = refused_graph(Gradients(forward, weights), ids, ids, mask, ids)
+    assert MANY_ROWS | {"CrossEntropyLoss"} <= found
+    assert {"RmsNormGrad", "RotaryPositionEmbeddingGrad", "SwigluGrad", "FlashAttentionScoreGrad", "MoeTokenPermuteGrad",
+            "MoeTokenUnpermuteGrad", "CrossEntropyLossGrad"} <= found
+    assert not any("-1" in shape for shape in shapes)

@@ -1,0 +1,285 @@
+"""What the Ascend forms put around a fused operator, in numbers: in its place stands what its documentation says.
+
+Layouts, masks, sinks and merges would else be wrong in silence. The stand-ins compute in float32 on the CPU; each
+refuses what the documentation of its operator refuses.
+"""
+from types import SimpleNamespace
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import mint, ops
+
+import pangu_ms.model  # noqa: F401  graph mode
+from pangu_ms.ops import ascend, ascend_attention, ascend_experts, attention, cross_entropy, experts, portable
+
+ANY = np.random.default_rng(0)
+TOLERANCE = 2e-6
+BATCH, LENGTH, HEADS, NOPE, ROPE, VALUE, LATENT, SINKS = 2, 5, 3, 6, 4, 5, 8, 4
+PLACES, K = 11, 6
+SCALE = (NOPE + ROPE) ** -0.5
+
+
+def small(name):
+    """The plain forms alone."""
+    return {"masked_softmax": lambda: attention.masked_softmax(small),
+            "absorbed_attention": lambda: attention.absorbed(small)}.get(name, lambda: getattr(portable, name))()
+
+
+class Call(ms.nn.Cell):
+    def __init__(self, function, *constants):
+        super().__init__()
+        self.function, self.constants = function, constants
+
+    def construct(self, *arguments):
+        return self.function(*arguments, *self.constants)
+
+
+def agree(fused, plain, arguments, constants=(), gradient=False):
+    cells = [Call(form, *constants) for form in (fused, plain)]
+    if gradient:
+        cells = [ops.GradOperation(get_all=True)(cell) for cell in cells]
+    found, wanted = (cell(*arguments) for cell in cells)
+    for one, other in zip(*(each if isinstance(each, tuple) else (each,) for each in (found, wanted))):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        np.testing.assert_allclose(one.asnumpy(), other.asnumpy(), atol=TOLERANCE * np.abs(other.asnumpy()).max())
+
+
+def normal(*shape):
+    return ms.Tensor(ANY.normal(size=shape).astype(np.float32))
+
+
+def integers(low, high, *shape):
+    return ms.Tensor(ANY.integers(low, high, shape).astype(np.int32))
+
+
+def takes_three(a, b, c):
+    """In place of what an operator takes on the device: everything."""
+    return True
+
+
+def takes_four(a, b, c, d):
+    return True
+
+
+def takes_five(a, b, c, d, e):
+    return True
+
+
+# ---------------------------------------------------------------- attention
+
+def flash_attention_score(query, key, value, head_num, attn_mask=None, scalar_value=1.0, input_layout="BSH"):
+    """BSND: all of one width; attn_mask [B, 1, S1, S2], True is discarded."""
+    assert input_layout == "BSND" and key.shape == value.shape and query.shape[2:] == (head_num, key.shape[3])
+    assert attn_mask.shape == (query.shape[0], 1, query.shape[1], key.shape[1])
+    query, key, value = (ops.transpose(each, (0, 2, 1, 3)) for each in (query, key, value))
+    score = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) * scalar_value
+    score = ops.masked_fill(score, attn_mask, -1e30)
+    return ops.transpose(ops.matmul(ops.softmax(score, -1), value), (0, 2, 1, 3))
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    monkeypatch.setattr(ops, "flash_attention_score", flash_attention_score)
+    monkeypatch.setattr(ascend_attention, "_flash_takes", takes_three)
+
+
+@pytest.mark.parametrize("value", [VALUE, NOPE + ROPE])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_expanded_attention(flash, value, gradient):
+    visible = ANY.integers(0, 2, (BATCH, LENGTH, 1, SINKS + PLACES)).astype(bool)
+    visible[..., :SINKS] = True
+    arguments = (normal(BATCH, LENGTH, HEADS, NOPE + ROPE), normal(SINKS, LATENT + ROPE),
+                 normal(BATCH, PLACES, LATENT + ROPE), ms.Tensor(visible), normal(HEADS * (NOPE + value), LATENT))
+    agree(ascend_attention.expanded(small), attention.expanded(small), arguments, (SCALE,), gradient)
+
+
+def sparse_flash_attention(query, key, value, sparse_indices, scale_value, actual_seq_lengths_query=None,
+                           actual_seq_lengths_kv=None, query_rope=None, key_rope=None, attention_mode=0,
+                           return_softmax_lse=False):
+    """BSND, one head of keys, sparse_mode 3: query i sees index s <= kv length - q length + i, and nothing below 0.
+
+    -> out [B, S1, N1, D]; largest score and sum of the others' exp over it [B, 1, S1, N1], float32.
+    """
+    assert attention_mode == 2 and return_softmax_lse and key.shape == value.shape
+    batch, length, heads, latent = query.shape
+    assert heads in (1, 2, 4, 8, 16, 32, 64, 128) and key.shape == (batch, key.shape[1], 1, latent)
+    assert query_rope.shape[:3] == query.shape[:3] and key_rope.shape[:3] == key.shape[:3]
+    assert sparse_indices.shape[:3] == (batch, length, 1)
+    rows = ops.reshape(ops.maximum(sparse_indices, 0), (batch, -1, 1))          # [B, S1 * K, 1]
+    keys = ops.cat((key, key_rope), -1)[:, :, 0]
+    keys = ops.gather_elements(keys, 1, ops.tile(rows, (1, 1, keys.shape[2])))
+    keys = ops.reshape(keys, (batch, length, -1, keys.shape[2]))                # [B, S1, K, D + D_rope]
+    score = ops.matmul(ops.cat((query, query_rope), -1), ops.transpose(keys, (0, 1, 3, 2))) * scale_value
+    last = ops.reshape(actual_seq_lengths_kv - actual_seq_lengths_query, (-1, 1)) + ops.arange(length)
+    index = sparse_indices[:, :, 0]
+    seen = ops.logical_and(index >= 0, index <= ops.expand_dims(last, 2))
+    score = ops.masked_fill(score, ops.expand_dims(ops.logical_not(seen), 2), -1e30)
+    top = ops.ReduceMax(True)(score, -1)
+    weight = ops.exp(score - top)
+    total = ops.sum(weight, -1, keepdim=True)
+    out = ops.matmul(weight, keys[..., :latent]) / total
+    return out, ops.transpose(top, (0, 3, 1, 2)), ops.transpose(total, (0, 3, 1, 2))
+
+
+@pytest.fixture
+def sparse(monkeypatch):
+    monkeypatch.setattr(ops, "sparse_flash_attention", sparse_flash_attention)
+    monkeypatch.setattr(ascend_attention, "_sparse_takes", takes_five)
+
+
+@pytest.mark.parametrize("heads", [HEADS, 4])
+def test_selected_attention(sparse, heads):
+    """Queries with fewer earlier rows than K, with places that are filled up behind them or by -1."""
+    first = np.array([[0], [5]])
+    position = (first + np.arange(LENGTH)).astype(np.int32)
+    chosen = np.stack([[np.concatenate((ANY.permutation(p + 1), p + 1 + ANY.permutation(PLACES - p - 1)))[:K]
+                        for p in row] for row in position]).astype(np.int32)
+    chosen[1, 0, -1] = chosen[0, 3, -2:] = -1
+    arguments = (normal(BATCH, LENGTH, heads, NOPE + ROPE), normal(SINKS, LATENT + ROPE),
+                 normal(BATCH, PLACES, LATENT + ROPE), ms.Tensor(chosen), ms.Tensor(position),
+                 normal(heads * (NOPE + VALUE), LATENT))
+    agree(ascend_attention.selected(small), attention.selected(small), arguments, (SCALE,))
+
+
+def test_few_queries_gather_their_rows(sparse, monkeypatch):
+    """As in decoding: the fused operator would copy the whole cache."""
+    monkeypatch.setattr(ops, "sparse_flash_attention", None)
+    arguments = (normal(1, 1, HEADS, NOPE + ROPE), normal(SINKS, LATENT + ROPE), normal(1, PLACES, LATENT + ROPE),
+                 integers(0, PLACES, 1, 1, K), integers(6, 7, 1, 1), normal(HEADS * (NOPE + VALUE), LATENT))
+    agree(ascend_attention.selected(small), attention.selected(small), arguments, (SCALE,))
+
+
+def lightning_indexer(query, key, weights, actual_seq_lengths_query=None, actual_seq_lengths_key=None,
+                      sparse_count=2048):
+    """BSND, sparse_mode 3: the rows with the largest sum over heads of weight * relu(q . k), -1 for what is missing."""
+    assert query.shape[2] == 64 and key.shape[2] == 1 and weights.shape == query.shape[:3]
+    assert weights.dtype == query.dtype
+    each = ops.relu(ops.matmul(query, ops.expand_dims(ops.transpose(key[:, :, 0], (0, 2, 1)), 1)))
+    score = ops.sum(each * ops.expand_dims(weights, 3), 2)                      # [B, S1, S2]
+    last = ops.reshape(actual_seq_lengths_key - actual_seq_lengths_query, (-1, 1)) + ops.arange(query.shape[1])
+    ahead = ops.arange(key.shape[1]) > ops.expand_dims(last, 2)
+    values, chosen = ops.topk(ops.masked_fill(score, ahead, -1e30), sparse_count)
+    return ops.expand_dims(ops.masked_fill(chosen, values < -1e29, -1), 2), values
+
+
+def test_choose(monkeypatch):
+    monkeypatch.setattr(ops, "lightning_indexer", lightning_indexer)
+    monkeypatch.setattr(ascend_attention, "_index_takes", takes_four)
+    position = np.array([[0], [5]]) + np.arange(LENGTH)
+    arguments = (normal(BATCH, LENGTH, HEADS, 4), normal(BATCH, PLACES, 4), normal(BATCH, LENGTH, HEADS),
+                 ms.Tensor(position.astype(np.int32)))
+    found, wanted = (Call(form, K)(*arguments).asnumpy()
+                     for form in (ascend_attention.choose(small), attention.choose(small)))
+    assert found.shape == wanted.shape and found.dtype == wanted.dtype
+    for b, t in np.ndindex(*position.shape):
+        seen = {row for row in wanted[b, t].tolist() if row <= position[b, t]}
+        assert len(seen) == min(K, position[b, t] + 1)
+        assert {row for row in found[b, t].tolist() if row >= 0} == seen
+
+
+# ---------------------------------------------------------------- experts
+
+def moe_token_permute(tokens, indices):
+    """Tokens with the same index next to each other, and where each pair of token and choice went, int32 [N * K]."""
+    flat = ops.reshape(indices, (-1,))
+    before = ops.expand_dims(flat, 0) < ops.expand_dims(flat, 1)
+    same = ops.logical_and(ops.expand_dims(flat, 0) == ops.expand_dims(flat, 1),
+                           ops.expand_dims(ops.arange(flat.shape[0]), 0) < ops.expand_dims(ops.arange(flat.shape[0]), 1))
+    place = ops.cast(ops.sum(ops.cast(ops.logical_or(before, same), ms.float32), 1), ms.int32)
+    token = ops.cast(ops.arange(flat.shape[0]) // indices.shape[1], ms.int32)
+    order = ops.tensor_scatter_update(ops.zeros_like(flat), ops.expand_dims(place, 1), token)
+    return ops.gather(tokens, order, 0), place
+
+
+def moe_token_unpermute(permuted_tokens, sorted_indices):
+    return ops.gather(permuted_tokens, sorted_indices, 0)
+
+
+def gmm(x, weight, group_list=None, group_list_type=0):
+    """x [M, K], weight [E, K, N], group_list int64 [E]: the sizes of the groups, in turn."""
+    assert group_list_type == 1 and group_list.dtype == ms.int64 and group_list.shape == weight[0].shape[:1]
+    end = ops.cumsum(ops.cast(group_list, ms.int32), 0)
+    at = ops.expand_dims(ops.arange(x[0].shape[0]), 1)
+    mine = ops.logical_and(at < end, at >= end - ops.cast(group_list, ms.int32))            # [M, E]
+    y = ops.transpose(ops.matmul(x[0], weight[0]), (1, 0, 2))                   # [M, E, N]
+    return (ops.sum(y * ops.expand_dims(ops.cast(mine, y.dtype), 2), 1),)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (2, 3)])
+def test_many_tokens(monkeypatch, gradient, shape):
+    """One expert has no token."""
+    monkeypatch.setattr(ops, "moe_token_permute", moe_token_permute)
+    monkeypatch.setattr(ops, "moe_token_unpermute", moe_token_unpermute)
+    monkeypatch.setattr(ops.function.math_func, "gmm", gmm)
+    ids = np.stack([ANY.choice(4, 2, replace=False) for _ in range(np.prod(shape))]).reshape(*shape, 2)
+    arguments = (normal(*shape, 6), ms.Tensor(ids.astype(np.int32)), normal(*shape, 2), normal(5, 3, 6),
+                 normal(5, 3, 6), normal(5, 6, 3))
+    agree(ascend_experts.many_tokens(small), experts.many_tokens(small), arguments, (), gradient)
+
+
+# ---------------------------------------------------------------- small ones
+
+def rotary_position_embedding(x, cos, sin, mode):
+    """BSND, mode 0: x * cos + [-second half, first half] * sin, all of one dtype."""
+    assert mode == 0 and x.dtype == cos.dtype == sin.dtype and cos.shape == (x.shape[0], x.shape[1], 1, x.shape[3])
+    half = x.shape[3] // 2
+    return x * cos + ops.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+@pytest.mark.parametrize("start, width", [(0, 4), (0, 7), (3, 7), (2, 9)])
+def test_rotate(monkeypatch, start, width):
+    monkeypatch.setattr(ascend, "_ROTATE", rotary_position_embedding)
+    angle = ANY.normal(size=(BATCH, LENGTH, 1, 2)).astype(np.float32)
+    arguments = normal(BATCH, LENGTH, HEADS, width), ms.Tensor(np.cos(angle)), ms.Tensor(np.sin(angle))
+    for gradient in (False, True):
+        agree(ascend.rotate, portable.rotate, arguments, (start,), gradient)
+
+
+def swiglu(x, dim):
+    first, second = ops.split(x, x.shape[dim] // 2, dim)
+    return first * ops.sigmoid(first) * second
+
+
+def test_swiglu(monkeypatch):
+    monkeypatch.setattr(ops, "swiglu", swiglu)
+    agree(ascend.swiglu, portable.swiglu, (normal(2, 3, 4), normal(2, 3, 4)))
+
+
+def cross_entropy_loss(x, target, weight, reduction):
+    assert x.ndim == 2 and target.dtype == ms.int64 and target.shape == x.shape[:1]
+    assert weight is None and reduction == "none"
+    log_prob = ops.log_softmax(x, -1)
+    return -ops.gather_elements(log_prob, 1, ops.expand_dims(target, 1))[:, 0], log_prob
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_cross_entropy(monkeypatch, gradient):
+    monkeypatch.setattr(ascend, "_CROSS_ENTROPY", cross_entropy_loss)
+    mask = ms.Tensor([[1.0, 0.0, 1.0], [0.5, 1.0, 1.0]], ms.float32)
+    arguments = normal(2, 3, 4), normal(9, 4), integers(0, 9, 2, 3)
+    forms = [forms.cross_entropy(small) for forms in (ascend, cross_entropy)]
+    agree(*forms, arguments, (mask,), gradient)
+
+
+def topk_ext(x, k, dim):
+    values, indices = ops.topk(x, k, dim)
+    return values, ops.cast(indices, ms.int64)
+
+
+def test_top_k(monkeypatch):
+    monkeypatch.setattr(mint, "topk", topk_ext)
+    agree(ascend.top_k, portable.top_k, (normal(3, 9),), (4,))
+
+
+# ---------------------------------------------------------------- what the operators take
+
+@pytest.mark.parametrize("fields, takes", [
+    ({}, True), ({"num_attention_heads": 64}, True), ({"num_attention_heads": 129}, False), ({"index_topk": 1024}, False),
+    ({"kv_lora_rank": 256}, False), ({"qk_rope_head_dim": 32}, False), ({"index_head_dim": 64}, False),
+    ({"index_n_heads": 65}, False), ({"compute_dtype": "float32"}, False), ({"compute_dtype": "float16"}, True)])
+def test_which_models_select_without_copies(fields, takes):
+    flash = {"num_attention_heads": 48, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_topk": 2048,
+             "index_n_heads": 24, "index_head_dim": 128, "compute_dtype": "bfloat16"}
+    assert ascend_attention.gathers_no_rows(SimpleNamespace(**flash | fields)) is takes
