@@ -42,7 +42,7 @@ def main(argv=None):
     parser.add_argument("--dtype", choices=tuple(DTYPE_BYTES), default="bfloat16", help="default: bfloat16")
     parser.add_argument("--recompute", action="store_true", help="keep a layer's input alone, compute it again")
     parser.add_argument("--shard-optimizer", action="store_true", help="data-parallel ranks share its states")
-    parser.add_argument("--fused", action="store_true", help="as fused operators would compute (not written yet)")
+    parser.add_argument("--fused", action="store_true", help="as fused operators would compute (run on no device)")
     parser.add_argument("--sweep", type=_positive, metavar="N", help="rank the layouts of N devices instead")
     parser.add_argument("--out", metavar="PNG", help="with --sweep: draw memory against time")
     parser.add_argument("--json", action="store_true", help="one JSON object")

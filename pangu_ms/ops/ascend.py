@@ -52,8 +52,8 @@ def cross_entropy(small):
 
     def form(hidden, weight, labels, mask):
         logits = ops.cast(linear(hidden, weight), ms.float32)
-        loss = _CROSS_ENTROPY(ops.reshape(logits, (-1, weight.shape[0])), ops.cast(ops.reshape(labels, (-1,)), ms.int64),
-                              None, "none")[0]
+        flat = ops.cast(ops.reshape(labels, (-1,)), ms.int64)
+        loss = _CROSS_ENTROPY(ops.reshape(logits, (-1, weight.shape[0])), flat, None, "none")[0]
         return ops.reshape(loss, labels.shape) * mask
 
     return form

@@ -21,7 +21,8 @@ def many_tokens(small):
         count, k = gate.shape[0], ids.shape[-1]
         if count > MOST_EXPERTS or k > MOST_CHOICES:
             return plain(x, ids, weights, gate, up, down)
-        rows, places = ops.moe_token_permute(ops.reshape(x, (-1, x.shape[-1])), ops.reshape(ids, (-1, k)))  # [P, H], [P]
+        tokens = ops.reshape(x, (-1, x.shape[-1]))                              # [N, H]
+        rows, places = ops.moe_token_permute(tokens, ops.reshape(ids, (-1, k)))                         # [P, H], [P]
         of_expert = ops.expand_dims(ops.reshape(ids, (-1,)), 1) == ops.arange(count, dtype=ms.int32)    # [P, E]
         sizes = ops.cast(ops.sum(ops.cast(of_expert, ms.float32), 0), ms.int64)
         y = _product(swiglu(_product(rows, gate, sizes), _product(rows, up, sizes)), down, sizes)

@@ -104,13 +104,13 @@ def test_chunks_are_the_engines():
     from pangu_ms.generation import engine
 
     class Mock:
-        config, selects = PanguConfig.flash_92b(compute_dtype="bfloat16"), True
+        config, selects, fixed = PanguConfig.flash_92b(compute_dtype="bfloat16"), True, False
         cache = type("Cache", (), {"batch": 2, "capacity": 32768, "length": np.zeros(2, np.int32)})
 
     work = Work("infer", 32768, 2)
     for done in (0, 1900, 2047, 2048, 20000, 32760):
         Mock.cache.length[:] = done
-        assert chunk_rows(FLASH, work, 2, done, 32768) == engine.Engine._rows(Mock, min(512, 32768 - done))
+        assert chunk_rows(FLASH, work, 2, done, 32768) == engine.Engine._rows(Mock, 512, 32768 - done)
     assert engine.CHUNK_BYTES == 2 ** 26
 
 

@@ -1,4 +1,4 @@
-"""Steps whose every shape is known, as an accelerator wants them: the same logits, text and drafts, few compilations."""
+"""Steps whose every shape is known, as an accelerator wants them: the same logits, text and drafts, compiled once."""
 import numpy as np
 import pytest
 from mindspore.common.api import _cell_graph_executor

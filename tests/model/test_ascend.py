@@ -53,12 +53,13 @@ def test_gradients_of_training(model, refused_graph):
     from pangu_ms.training.forward import TrainingForward
     from pangu_ms.training.settings import TrainingSettings
     from pangu_ms.training.step import Gradients
-    settings = TrainingSettings(indexer_loss="sparse", indexer_loss_coeff=0.1, balance_loss_coeff=0.1, z_loss_coeff=0.1)
+    settings = TrainingSettings(indexer_loss="sparse", indexer_loss_coeff=0.1, balance_loss_coeff=0.1,
+                                z_loss_coeff=0.1)
     forward = TrainingForward(model, settings)
     weights = ms.ParameterTuple([weight for weight in model.trainable_params() if weight.requires_grad])
     ids, mask = (ms.Tensor(shape=[1, 2304], dtype=dtype) for dtype in (ms.int32, ms.float32))
     found, shapes = refused_graph(Gradients(forward, weights), ids, ids, mask, ids)
     assert MANY_ROWS | {"CrossEntropyLoss"} <= found
-    assert {"RmsNormGrad", "RotaryPositionEmbeddingGrad", "SwigluGrad", "FlashAttentionScoreGrad", "MoeTokenPermuteGrad",
-            "MoeTokenUnpermuteGrad", "CrossEntropyLossGrad"} <= found
+    assert {"RmsNormGrad", "RotaryPositionEmbeddingGrad", "SwigluGrad", "FlashAttentionScoreGrad",
+            "MoeTokenPermuteGrad", "MoeTokenUnpermuteGrad", "CrossEntropyLossGrad"} <= found
     assert not any("-1" in shape for shape in shapes)

@@ -183,11 +183,11 @@ def test_choose(monkeypatch):
 def moe_token_permute(tokens, indices):
     """Tokens with the same index next to each other, and where each pair of token and choice went, int32 [N * K]."""
     flat = ops.reshape(indices, (-1,))
-    before = ops.expand_dims(flat, 0) < ops.expand_dims(flat, 1)
-    same = ops.logical_and(ops.expand_dims(flat, 0) == ops.expand_dims(flat, 1),
-                           ops.expand_dims(ops.arange(flat.shape[0]), 0) < ops.expand_dims(ops.arange(flat.shape[0]), 1))
+    pair, mine, others = ops.arange(flat.shape[0]), ops.expand_dims(flat, 1), ops.expand_dims(flat, 0)
+    before = others < mine
+    same = ops.logical_and(others == mine, ops.expand_dims(pair, 0) < ops.expand_dims(pair, 1))
     place = ops.cast(ops.sum(ops.cast(ops.logical_or(before, same), ms.float32), 1), ms.int32)
-    token = ops.cast(ops.arange(flat.shape[0]) // indices.shape[1], ms.int32)
+    token = ops.cast(pair // indices.shape[1], ms.int32)
     order = ops.tensor_scatter_update(ops.zeros_like(flat), ops.expand_dims(place, 1), token)
     return ops.gather(tokens, order, 0), place
 
@@ -276,9 +276,10 @@ def test_top_k(monkeypatch):
 # ---------------------------------------------------------------- what the operators take
 
 @pytest.mark.parametrize("fields, takes", [
-    ({}, True), ({"num_attention_heads": 64}, True), ({"num_attention_heads": 129}, False), ({"index_topk": 1024}, False),
-    ({"kv_lora_rank": 256}, False), ({"qk_rope_head_dim": 32}, False), ({"index_head_dim": 64}, False),
-    ({"index_n_heads": 65}, False), ({"compute_dtype": "float32"}, False), ({"compute_dtype": "float16"}, True)])
+    ({}, True), ({"num_attention_heads": 64}, True), ({"num_attention_heads": 129}, False),
+    ({"index_topk": 1024}, False), ({"kv_lora_rank": 256}, False), ({"qk_rope_head_dim": 32}, False),
+    ({"index_head_dim": 64}, False), ({"index_n_heads": 65}, False), ({"compute_dtype": "float32"}, False),
+    ({"compute_dtype": "float16"}, True)])
 def test_which_models_select_without_copies(fields, takes):
     flash = {"num_attention_heads": 48, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_topk": 2048,
              "index_n_heads": 24, "index_head_dim": 128, "compute_dtype": "bfloat16"}
