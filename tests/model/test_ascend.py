@@ -43,7 +43,7 @@ def test_steps(model, refused_graph, length, sparse, capacity, primitives):
 @pytest.mark.slow
 def test_drafting(model, refused_graph):
     from pangu_ms.model.step import Draft
-    step = Draft(model, 1, 3, CAPACITY)
+    step = Draft(model, 1, 3)
     found, shapes = refused_graph(step, *step.get_inputs())
     assert ALWAYS <= found and not any("-1" in shape for shape in shapes)
 
