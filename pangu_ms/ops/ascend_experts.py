@@ -13,8 +13,9 @@ def many_tokens(small):
     swiglu, plain = small("swiglu"), experts.many_tokens(small)
 
     def form(x, ids, weights, gate, up, down):
-        """As in `experts.py`, without empty rows.
+        """As in `experts.py`, without empty rows. Pairs whose expert is elsewhere are sorted behind all others.
 
+        What the grouped product and its gradient leave in rows of no group is nobody's promise: both ends cut it off.
         The grouped product takes matrices [in, out] and the checkpoint's are [out, in]: each is transposed first, a
         copy of all experts. The weighted sum stays outside the fused operator, for float32.
         """
@@ -22,10 +23,16 @@ def many_tokens(small):
         if count > MOST_EXPERTS or k > MOST_CHOICES:
             return plain(x, ids, weights, gate, up, down)
         tokens = ops.reshape(x, (-1, x.shape[-1]))                              # [N, H]
-        rows, places = ops.moe_token_permute(tokens, ops.reshape(ids, (-1, k)))                         # [P, H], [P]
+        here = ops.logical_and(ids >= 0, ids < count)
+        sorted_by = ops.reshape(ops.select(here, ids, ops.full_like(ids, count)), (-1, k))
+        rows, places = ops.moe_token_permute(tokens, sorted_by)                 # [P, H], [P]
         of_expert = ops.expand_dims(ops.reshape(ids, (-1,)), 1) == ops.arange(count, dtype=ms.int32)    # [P, E]
         sizes = ops.cast(ops.sum(ops.cast(of_expert, ms.float32), 0), ms.int64)
+        pair = ops.expand_dims(ops.arange(rows.shape[0]), 1)                    # [P, 1]
+        grouped = ops.broadcast_to(pair < ops.sum(sizes), rows.shape)
+        rows = ops.select(grouped, rows, ops.zeros_like(rows))
         y = _product(swiglu(_product(rows, gate, sizes), _product(rows, up, sizes)), down, sizes)
+        y = ops.select(grouped, y, ops.zeros_like(y))
         return weighted_sum(ops.moe_token_unpermute(y, places), weights, x)
 
     return form

@@ -197,23 +197,25 @@ def moe_token_unpermute(permuted_tokens, sorted_indices):
 
 
 def gmm(x, weight, group_list=None, group_list_type=0):
-    """x [M, K], weight [E, K, N], group_list int64 [E]: the sizes of the groups, in turn."""
+    """x [M, K], weight [E, K, N], group_list int64 [E]: the sizes of the groups, in turn. Rows of none hold anything."""
     assert group_list_type == 1 and group_list.dtype == ms.int64 and group_list.shape == weight[0].shape[:1]
     end = ops.cumsum(ops.cast(group_list, ms.int32), 0)
     at = ops.expand_dims(ops.arange(x[0].shape[0]), 1)
     mine = ops.logical_and(at < end, at >= end - ops.cast(group_list, ms.int32))            # [M, E]
     y = ops.transpose(ops.matmul(x[0], weight[0]), (1, 0, 2))                   # [M, E, N]
-    return (ops.sum(y * ops.expand_dims(ops.cast(mine, y.dtype), 2), 1),)
+    anything = ops.cast(at >= end[-1], y.dtype) * 77
+    return (ops.sum(y * ops.expand_dims(ops.cast(mine, y.dtype), 2), 1) + anything,)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("shape", [(7,), (2, 3)])
-def test_many_tokens(monkeypatch, gradient, shape):
-    """One expert has no token."""
+@pytest.mark.parametrize("shape, elsewhere", [((7,), 0), ((2, 3), 0), ((9,), 2)])
+def test_many_tokens(monkeypatch, gradient, shape, elsewhere):
+    """One expert has no token; choices of experts that other ranks have add nothing."""
     monkeypatch.setattr(ops, "moe_token_permute", moe_token_permute)
     monkeypatch.setattr(ops, "moe_token_unpermute", moe_token_unpermute)
     monkeypatch.setattr(ops.function.math_func, "gmm", gmm)
-    ids = np.stack([ANY.choice(4, 2, replace=False) for _ in range(np.prod(shape))]).reshape(*shape, 2)
+    ids = np.stack([ANY.choice(4 + 2 * elsewhere, 2, replace=False) for _ in range(np.prod(shape))]) - elsewhere
+    ids = ids.reshape(*shape, 2)
     arguments = (normal(*shape, 6), ms.Tensor(ids.astype(np.int32)), normal(*shape, 2), normal(5, 3, 6),
                  normal(5, 3, 6), normal(5, 6, 3))
     agree(ascend_experts.many_tokens(small), experts.many_tokens(small), arguments, (), gradient)
