@@ -25,10 +25,9 @@ EXAMPLE = """examples:
   pangu-generate --model openPangu-2.0-Flash --prompt "The capital of Peru is" --max-new-tokens 32
   pangu-generate --model openPangu-2.0-Flash --chat --max-new-tokens 2048 --num-draft-tokens 3 --stats
   pangu-generate --model openPangu-2.0-Flash --chat --thinking off --prompt-file question.txt --max-new-tokens 512
-  pangu-generate --config configs/openpangu_v2/predict_flash_92b.yaml --chat
   pangu-generate --model tests/data/tiny --token-ids 5,6,7,8 --max-new-tokens 32 --json
-  msrun --worker_num=2 --local_worker_num=2 --join=True tools/generate.py --model DIR --tensor-parallel 2 \
-      --prompt "The capital of Peru is" --max-new-tokens 32
+  msrun --worker_num=8 --local_worker_num=8 --join=True --log_dir=logs tools/generate.py \\
+      --config configs/openpangu_v2/predict_flash_92b.yaml --prompt "The capital of Peru is"
 
 Without --json the new text (or, without a tokenizer, the new ids) goes to stdout as it comes, and a line of
 statistics to stderr. With --json stdout gets one object: token_ids (the new ones), text (null without a tokenizer),
