@@ -81,15 +81,15 @@ class Parallel:
 
     @property
     def tensor_rank(self):
-        return self.rank % self.tensor
+        return self.index("tensor")
 
     @property
     def expert_rank(self):
-        return self.rank // self.tensor % self.expert
+        return self.index("expert")
 
     @property
     def data_rank(self):
-        return self.rank // (self.tensor * self.expert)
+        return self.index("data")
 
     @property
     def model_rank(self):
@@ -103,6 +103,15 @@ class Parallel:
 
     def size(self, dimension):
         return self.batch if dimension == "batch" else getattr(self, dimension)
+
+    def index(self, dimension):
+        """This process's place among the ranks of a dimension."""
+        return self.rank // self._step(dimension) % self.size(dimension)
+
+    def _step(self, dimension):
+        model = self.tensor * self.expert
+        return {"tensor": 1, "expert": self.tensor, "data": model,
+                "batch": self.tensor if self.own_sequences else model}[dimension]
 
     def copy(self, dimension):
         return Copy(self.group(dimension)) if self.size(dimension) > 1 else nn.Identity()
@@ -129,10 +138,8 @@ class Parallel:
 
         dimension: "tensor", "expert", "data", or "batch": all that have other sequences, of the same part of the model.
         """
-        model = self.tensor * self.expert
-        step = {"tensor": 1, "expert": self.tensor, "data": model, "batch": self.tensor if self.own_sequences else model}
-        step, size = step[dimension], self.size(dimension)
-        first = self.rank - self.rank // step % size * step
+        step, size = self._step(dimension), self.size(dimension)
+        first = self.rank - self.index(dimension) * step
         ranks = [first + i * step for i in range(size)]
         name = f"pangu_{dimension}_" + "_".join(map(str, ranks))
         if name not in _groups:
@@ -141,7 +148,7 @@ class Parallel:
         return name
 
     def _members(self, dimension):
-        return self.group(dimension), getattr(self, f"{dimension}_rank"), self.size(dimension)
+        return self.group(dimension), self.index(dimension), self.size(dimension)
 
 
 _groups = set()  # made in this process, of which no name may be made twice

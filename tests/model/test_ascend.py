@@ -27,8 +27,7 @@ def model(on_ascend):
 @pytest.mark.slow
 @pytest.mark.parametrize("length, sparse, capacity, primitives", [
     (None, True, CAPACITY, MANY_ROWS | {"SparseFlashAttention", "LightningIndexer"}),
-    (None, False, CONFIG.index_topk, MANY_ROWS), (4, True, CAPACITY, ALWAYS | {"LightningIndexer"}),
-    (4, False, CONFIG.index_topk, ALWAYS)])
+    (None, False, CONFIG.index_topk, MANY_ROWS), (4, True, CAPACITY, ALWAYS | {"LightningIndexer"})])
 def test_steps(model, refused_graph, length, sparse, capacity, primitives):
     from pangu_ms.model.step import Step
     step = Step(model, 1, length, sparse, True, (CHUNK if length is None else None, capacity))

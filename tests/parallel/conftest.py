@@ -1,4 +1,5 @@
 """A small random model whose heads, experts and vocabulary four ranks can share, and runs of several processes."""
+import dataclasses
 import os
 import socket
 import subprocess
@@ -21,9 +22,13 @@ CONFIG = PanguConfig(
     max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 
+# 194 MB, of which each of four ranks takes 86: enough to be measured.
+LARGE = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_intermediate_size=512)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """The directory of a model of CONFIG with random weights."""
+    """The directory of a model of CONFIG with random weights; in its directory large, one of LARGE."""
     directory, random = tmp_path_factory.mktemp("model"), np.random.default_rng(3)
     CONFIG.save_pretrained(directory)
     tensors = {}
@@ -31,6 +36,10 @@ def checkpoint(tmp_path_factory):
         values = random.standard_normal(parameter.shape) * 0.3
         tensors[name] = (values + ("norm" in name)).astype(np.float32)
     save_file(tensors, directory / "model.safetensors")
+    (directory / "large").mkdir()
+    LARGE.save_pretrained(directory / "large")
+    save_file({name: np.ones(p.shape, np.float32) for name, p in parameters(LARGE).items()},
+              directory / "large" / "model.safetensors")
     return directory
 
 

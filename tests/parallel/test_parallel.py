@@ -1,11 +1,9 @@
 """A model on several ranks against the same model in one process."""
-import dataclasses
 import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from pangu_ms.checkpoint.convert import main
 from pangu_ms.checkpoint.layout import Grid, cut, sliced
@@ -18,7 +16,7 @@ from pangu_ms.estimate.memory import weight_bytes
 from pangu_ms.estimate.work import Work
 from pangu_ms.model.parallel import Parallel
 from tests.parallel import worker
-from tests.parallel.conftest import CONFIG
+from tests.parallel.conftest import LARGE
 
 WORKER = Path(worker.__file__)
 
@@ -48,23 +46,28 @@ def test_a_wrong_number_of_processes_is_refused(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(checkpoint):
-    """whole(what): what `worker` computes in one process."""
-    return functools.cache(lambda what: getattr(worker, what)(checkpoint, None))
+    """whole(what): what `worker` computes in one process; of memory, what the estimate says of each of four."""
+    def compute(what):
+        if what == "memory":
+            sizes = weight_bytes(LARGE, estimate.Parallel(1, 2, 2), Work("infer", 1, 1, "float32"))
+            return {"memory": sum(sizes.values())}
+        return getattr(worker, what)(checkpoint, None)
+    return functools.cache(compute)
 
 
 @pytest.fixture(scope="module")
 def ranks(checkpoint, msrun, tmp_path_factory):
     """ranks(sizes, *what): the same of each rank."""
-    def run(sizes, *what, directory=checkpoint):
+    def run(sizes, *what):
         output, count = tmp_path_factory.mktemp("output"), np.prod(sizes)
-        code, printed, _ = msrun(count, WORKER, directory, *sizes, output, *what)
+        code, printed, _ = msrun(count, WORKER, checkpoint, *sizes, output, *what)
         assert code == 0, printed[-3000:]
         return [dict(np.load(output / f"{rank}.npz")) for rank in range(count)]
     return run
 
 
 WHAT = {(2, 1, 1): ("drafting", "train"), (1, 2, 1): ("drafting", "train"), (1, 1, 2): ("train",),
-        (2, 2, 1): ("logits", "train")}
+        (2, 2, 1): ("memory", "train")}
 
 
 @pytest.mark.slow
@@ -74,30 +77,18 @@ def test_ranks_together_are_one_process(sizes, whole, ranks, checkpoint):
     wanted = {name: values for what in WHAT[sizes] for name, values in whole(what).items()}
     for rank, found in enumerate(ranks(sizes, *WHAT[sizes])):
         assert found.keys() == wanted.keys()
-        off = {}
         for name, values in wanted.items():
-            part = values
-            if name.startswith("gradient "):
-                part = cut(values, sliced(known[name.split()[1]], grid, rank % grid.ranks))
-            if name.startswith("gradient ") or name.endswith("logits"):
-                off[name] = abs(found[name] - part).max() / max(abs(values).max(), 1e-20)
-        worst = max(off, key=off.get)
-        assert off[worst] < 2e-5, f"{worst}: {off[worst]:.1e}"
+            kind, _, of = name.partition(" ")
+            part = cut(values, sliced(known[of.removeprefix("muon.").removeprefix("adam_m.")], grid,
+                                      rank % grid.ranks)) if of else values
+            if of or name.endswith("logits"):
+                off = abs(found[name] - part).max() / max(abs(values).max(), 1e-20)
+                assert off < (1e-2 if kind == "state" else 2e-5), f"{name}: {off:.1e}"
+        if "memory" in wanted:
+            assert found["memory"] == pytest.approx(wanted["memory"], rel=0.1)
         for name, tolerance in (("tokens", 0), ("parts", 2e-5), ("losses", 1e-4), ("norms", 1e-3)):
             if name in wanted:
                 np.testing.assert_allclose(found[name], wanted[name], rtol=tolerance, err_msg=name)
-
-
-@pytest.mark.slow
-def test_memory_of_a_rank_is_what_the_estimate_says(ranks, tmp_path):
-    """A model of 190 MB, of which each of four ranks takes 85."""
-    config = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_intermediate_size=512)
-    config.save_pretrained(tmp_path)
-    save_file({name: np.ones(p.shape, np.float32) for name, p in parameters(config).items()},
-              tmp_path / "model.safetensors")
-    wanted = sum(weight_bytes(config, estimate.Parallel(1, 2, 2), Work("infer", 1, 1, "float32")).values())
-    for found in ranks((2, 2, 1), "memory", directory=tmp_path):
-        assert found["memory"] == pytest.approx(wanted, rel=0.1)
 
 
 def test_a_rank_reads_its_part_of_any_layout(checkpoint, tmp_path):

@@ -22,12 +22,6 @@ BATCH, LENGTH = 4, 24  # three times index_topk, so that DSA selects
 PROMPT, NEW_TOKENS, DRAFTS, STEPS = 8, 12, 2, 10
 
 
-def logits(directory, parallel):
-    """-> arrays by name: logits of a full forward."""
-    model = PanguForCausalLM.from_pretrained(directory, parallel=parallel)
-    return {"logits": model(token_ids(model.config)).asnumpy()}
-
-
 def drafting(directory, parallel):
     """-> arrays by name: logits of a prompt and of its drafts, and what greedy decoding with drafts makes of it."""
     model = PanguForCausalLM.from_pretrained(directory, parallel=parallel)
@@ -40,7 +34,8 @@ def drafting(directory, parallel):
 
 
 def train(directory, parallel):
-    """-> arrays by name: the parts of the loss, gradients by parameter, losses and gradient norms of STEPS steps.
+    """-> arrays by name: the parts of the loss, gradients by parameter, losses and gradient norms of STEPS steps, and
+    the optimizer's moments at their end.
 
     The ranks share a batch as they share everything else.
     """
@@ -55,8 +50,9 @@ def train(directory, parallel):
     mask[1, :9] = 0                                                             # ranks have different counts
     own = slice(parallel.rank // parallel.tensor, None, parallel.batch)
     batch = [ms.Tensor(column[own]) for column in (ids, np.roll(ids, -1, 1), mask, position)]
+    forward = TrainingForward(model, settings)                                  # which says what is trainable
     optimizer = PanguMuon(model.trainable_params(), model.config, 0.003, parallel=parallel)
-    step = TrainStep(TrainingForward(model, settings), optimizer, max_grad_norm=1.0,
+    step = TrainStep(forward, optimizer, max_grad_norm=1.0,
                      bias_update_rate=settings.router_bias_update_rate)
     losses, norms = [], []
     for number in range(STEPS):
@@ -66,14 +62,18 @@ def train(directory, parallel):
                      for parameter, gradient in zip(optimizer.parameters, gradients)} | {"parts": parts.asnumpy()}
         norms.append(step.update(ms.mutable(gradients), load).asnumpy())
         losses.append(total.asnumpy())
+    found |= {f"state {parameter.name}": parameter.asnumpy() for parameter in optimizer.get_parameters()
+              if parameter.name.startswith(("muon.", "adam_m."))}
     return found | {"losses": np.array(losses), "norms": np.array(norms)}
 
 
 def memory(directory, parallel):
-    """-> by how many bytes the process grows when it loads its part of the model."""
+    """-> by how many bytes the process grows when it loads its part of a large model."""
     before = resident()
-    model = PanguForCausalLM.from_pretrained(directory, parallel=parallel)
-    return {"memory": np.array(resident() - before), "parameters": np.array(len(model.parameters_dict()))}
+    model = PanguForCausalLM.from_pretrained(Path(directory) / "large", parallel=parallel)
+    grown = resident() - before
+    del model
+    return {"memory": np.array(grown)}
 
 
 def resident():
@@ -89,5 +89,5 @@ if __name__ == "__main__":
     place = Parallel(*map(int, sizes)).start()
     results = {}
     for what in sys.argv[6:]:
-        results |= {"logits": logits, "drafting": drafting, "train": train, "memory": memory}[what](directory, place)
+        results |= {"drafting": drafting, "train": train, "memory": memory}[what](directory, place)
     np.savez(Path(output) / f"{place.rank}.npz", **results)

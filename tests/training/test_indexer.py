@@ -145,6 +145,7 @@ def recall(look, batch, topk):
     found = []
     for attended, scores in look(batch[0], batch[3]):
         attended, scores = attended.asnumpy()[:, topk:], scores.asnumpy()[:, topk:]
+        attended = attended / attended.sum(-1, keepdims=True)
         best = np.sort(attended, -1)[..., -topk:].sum(-1)
         chosen = np.take_along_axis(attended, np.argsort(-scores, -1)[..., :topk], -1).sum(-1)
         found.append((best.mean(), chosen.mean()))
