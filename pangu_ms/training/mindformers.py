@@ -338,7 +338,7 @@ def complete(fields):
             fields[key] = newest[-1]
     model = fields["model"] = fields.get("model") or {}
     directory = fields.get("pretrained_model_dir") or fields.get("load_checkpoint")
-    known = PanguConfig.from_pretrained(directory).to_dict() if directory else {}
+    known = read_config(directory).to_dict() if directory else {}
     model["model_config"] = known | (model.get("model_config") or {})
     model["model_config"] |= {"model_type": "openpangu_v2", "architectures": ["OpenPanguV2ForCausalLM"]}
     return fields
@@ -352,7 +352,7 @@ def check_keys(fields):
             raise ConfigError(f"{name}: no such section; did you mean {near[0]}?")
     TrainingSettings.from_dict(fields["pangu_training"])
     directory = fields.get("pretrained_model_dir") or fields.get("load_checkpoint")
-    extra = PanguConfig.from_pretrained(directory).extra if directory else {}
+    extra = read_config(directory).extra if directory else {}
     check_section("model.model_config", fields["model"]["model_config"], [*MODEL_KEYS, *extra])
     typed = [("train_dataset.data_loader", fields["train_dataset"]["data_loader"]), ("optimizer", fields["optimizer"]),
              ("runner_wrapper", fields["runner_wrapper"])]
