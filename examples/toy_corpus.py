@@ -3,8 +3,9 @@
 python examples/toy_corpus.py --output DIR
 
 writes tokenizer/, pretrain.jsonl and heldout.jsonl ({"id": path, "text": source}), chats.jsonl and chats_heldout.jsonl
-({"id", "messages", "thinking"}); among the chats are pieces of the texts. No question of chats_heldout.jsonl stands in chats.jsonl; what it asks about does, in
-other words, but for sums and words to spell. The same Python version gives the same files on every machine.
+({"id", "messages", "thinking"}); among the chats are pieces of the texts. No question of chats_heldout.jsonl stands in
+chats.jsonl; what it asks about does, in other words, but for sums and words to spell. The same Python version gives the
+same files on every machine.
 """
 import argparse
 import ast

@@ -37,8 +37,8 @@ class TrainingForward(nn.Cell):
                                  for coeff in (settings.balance_loss_coeff, settings.z_loss_coeff))
         self.indexed = settings.indexer_loss != "off"
         if self.indexed and not self.dsa_layers:
-            raise ConfigError(f"pangu_training.indexer_loss: found {settings.indexer_loss}, but dsa_layers is empty: the "
-                              "model has no indexer; take \"off\"")
+            raise ConfigError(f"pangu_training.indexer_loss: found {settings.indexer_loss}, but dsa_layers is empty: "
+                              "the model has no indexer; take \"off\"")
         if self.indexed:
             self.indexer_losses = nn.CellList([IndexerLoss(causal_lm.model.layers[i].self_attn, not self.warm_up)
                                                for i in self.dsa_layers], auto_prefix=False)
@@ -95,7 +95,7 @@ class TrainingForward(nn.Cell):
         return ops.sum(parts * self.weights), ops.stop_gradient(parts), ops.stop_gradient(loads)
 
     def _cross_entropy(self, normed, labels, mask):
-        """The mean over the rows of all ranks where mask is one, 0 where it never is; of it, `ranks` times the own share."""
+        """The mean over the rows of all ranks where mask is one, 0 if it never is; `ranks` times the own share."""
         loss = self.cross_entropy(normed, self.causal_lm.lm_head.weight, labels, mask)
         counted = self.sum(ops.reshape(ops.sum(mask), (1,)))[0]                 # a scalar is no message
         return ops.sum(loss) * self.ranks / ops.maximum(counted, 1.0)

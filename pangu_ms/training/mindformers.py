@@ -240,8 +240,8 @@ class PanguTrainer(CausalLanguageModelingTrainer):
             raise ConfigError(f"train_dataset: has fewer sequences than the global batch of {batch}; lower "
                               "runner_config.batch_size or bring more data")
         if self.run.start and self.run.sequences != self.run.start * batch:
-            raise ConfigError(f"runner_config.batch_size: makes steps of {batch} sequences on all devices, but those of "
-                              f"{self.resume} had {self.run.sequences // self.run.start}; give as many")
+            raise ConfigError(f"runner_config.batch_size: makes steps of {batch} sequences on all devices, but those "
+                              f"of {self.resume} had {self.run.sequences // self.run.start}; give as many")
         if self.run.start >= self.run.steps:
             raise PanguError(f"{self.resume}: the run has made all of its {self.run.steps} steps; to train on, begin "
                              "another with load_checkpoint")

@@ -1,8 +1,8 @@
 """What training needs besides the collectives in the layers where several ranks share a model or a batch.
 
 Gradients of ranks that have the same sequences need nothing more: behind every `Copy` they have the same gradient of
-the same values, so what they all hold stays the same on all of them, and of what is divided each has the gradient of its
-part. Ranks with other sequences take means.
+the same values, so what they all hold stays the same on all of them, and of what is divided each has the gradient of
+its part. Ranks with other sequences take means.
 """
 import math
 from dataclasses import replace
@@ -34,20 +34,20 @@ def find_parallel(fields):
             ("parallel", "parallel_mode", context.get("parallel_mode", 0), 0),
             ("parallel", "enable_parallel_optimizer", context.get("enable_parallel_optimizer", False), False)):
         if value != wanted:
-            raise ConfigError(f"{section}.{key}: found {value!r}, wanted {wanted}: ranks share the network by collectives "
-                              "of its own, for data_parallel, model_parallel and expert_parallel")
+            raise ConfigError(f"{section}.{key}: found {value!r}, wanted {wanted}: ranks share the network by "
+                              "collectives of its own, for data_parallel, model_parallel and expert_parallel")
     data, tensor, expert = (given.get(f"{name}_parallel", 1) for name in ("data", "model", "expert"))
     parallel = Parallel(tensor, expert, data, own_sequences=True)
     wrapper, loader = fields["runner_wrapper"].get("type"), fields["train_dataset"]["data_loader"].get("type")
     if wrapper != "PanguTrainStep" and tensor * expert > 1:
-        raise ConfigError(f"runner_wrapper.type: found {wrapper}, wanted PanguTrainStep, which knows what other devices "
-                          "hold of a model")
+        raise ConfigError(f"runner_wrapper.type: found {wrapper}, wanted PanguTrainStep, which knows what other "
+                          "devices hold of a model")
     if loader != "PanguJsonlLoader" and tensor > 1:
         raise ConfigError(f"train_dataset.data_loader.type: found {loader}, wanted PanguJsonlLoader, which gives the "
                           "same sequences to all ranks of model_parallel")
     if data % expert:
-        raise ConfigError(f"parallel_config.expert_parallel: {expert} does not divide data_parallel {data}, whose ranks "
-                          "share the experts")
+        raise ConfigError(f"parallel_config.expert_parallel: {expert} does not divide data_parallel {data}, whose "
+                          "ranks share the experts")
     parallel = replace(parallel, data=data // expert)
     parallel.check(PanguConfig.from_dict(fields["model"]["model_config"]))
     parallel.check_processes()

@@ -144,7 +144,7 @@ def read_state(directory: str) -> RunState:
 
 def read_checkpoint(directory: str, grid: Grid = Grid(),
                     rank: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(weights, optimizer) as they were given to `save_checkpoint`, bfloat16 as its bits; of any grid, a rank's parts."""
+    """(weights, optimizer) as they were given to `save_checkpoint`, bfloat16 as bits; of any grid, a rank's parts."""
     found, share = [], Share(PanguConfig.from_pretrained(directory), grid, rank)
     for name in (SINGLE_FILE, OPTIMIZER_FILE):
         path = os.path.join(directory, name)
