@@ -82,8 +82,7 @@ class PanguForCausalLM(nn.Cell):
             PanguError: what `read_config` and `read_parameters` refuse: every missing, unexpected or
                 wrongly shaped tensor is listed by name, before any of them is read.
         """
-        from pangu_ms.checkpoint.layout import Grid  # here alone: the network itself knows no files
-        from pangu_ms.checkpoint.load import read_config, read_parameters
+        from pangu_ms.checkpoint.load import read_config, read_parameters  # here alone: the network knows no files
 
         if dtype == "bfloat16" and ms.get_context("device_target") == "CPU":
             raise PanguError("dtype is bfloat16, for which MindSpore has next to no operators on a CPU: take float32")
@@ -93,8 +92,7 @@ class PanguForCausalLM(nn.Cell):
             model = cls(config, parallel)
         parameters = {parameter.name: parameter for parameter in model.get_parameters()}
         exact = [name for name, parameter in parameters.items() if parameter.dtype == ms.float32]
-        grid = Grid(parallel.tensor, parallel.expert)
-        with read_parameters(directory, config, dtype, exact, grid, parallel.model_rank) as tensors:
+        with read_parameters(directory, config, dtype, exact, parallel.grid, parallel.model_rank) as tensors:
             bar = tqdm(tensors, "loading", len(tensors), unit=" tensors", leave=False, disable=not progress)
             for name, values in bar:
                 tensor = ms.Tensor.from_numpy(values)                           # shares the memory of `values`

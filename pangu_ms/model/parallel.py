@@ -14,6 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import communication, context, nn, ops
 
+from pangu_ms.checkpoint.layout import Grid
 from pangu_ms.errors import ConfigError
 
 SHARED = {  # what the ranks of a dimension divide among them
@@ -24,7 +25,7 @@ SHARED = {  # what the ranks of a dimension divide among them
 
 @dataclass(frozen=True)
 class Parallel:
-    """A process's place: rank = (data_rank * expert + expert_rank) * tensor + tensor_rank.
+    """A process's place: rank = (number of the copy * expert + expert_rank) * tensor + tensor_rank.
 
     Attributes:
         tensor, expert, data: ranks in each dimension.
@@ -47,6 +48,11 @@ class Parallel:
     @property
     def ranks(self):
         return self.tensor * self.expert * self.data
+
+    @property
+    def grid(self):
+        """The ranks of one model, as a sliced checkpoint knows them."""
+        return Grid(self.tensor, self.expert)
 
     def check_processes(self):
         """`ConfigError` when msrun has started more or fewer processes than there are ranks."""
@@ -88,13 +94,9 @@ class Parallel:
         return self.index("expert")
 
     @property
-    def data_rank(self):
-        return self.index("data")
-
-    @property
     def model_rank(self):
         """Among the ranks of one model: the number of its directory in a sliced checkpoint."""
-        return self.rank % (self.tensor * self.expert)
+        return self.rank % self.grid.ranks
 
     @property
     def batch(self):
@@ -109,9 +111,8 @@ class Parallel:
         return self.rank // self._step(dimension) % self.size(dimension)
 
     def _step(self, dimension):
-        model = self.tensor * self.expert
-        return {"tensor": 1, "expert": self.tensor, "data": model,
-                "batch": self.tensor if self.own_sequences else model}[dimension]
+        return {"tensor": 1, "expert": self.tensor, "data": self.grid.ranks,
+                "batch": self.tensor if self.own_sequences else self.grid.ranks}[dimension]
 
     def copy(self, dimension):
         return Copy(self.group(dimension)) if self.size(dimension) > 1 else nn.Identity()

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pangu_ms.checkpoint import dtypes
 from pangu_ms.checkpoint.layout import Grid, Stored, cut, sliced
 from pangu_ms.checkpoint.names import parameters
 from pangu_ms.checkpoint.shards import file_header
 from pangu_ms.config import PanguConfig
 
-CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32", "bool": "BOOL"}
-CARRIERS = {code: np.dtype(name) for name, code in CODES.items() if name != "bfloat16"} | {"BF16": np.dtype("<u2")}
+COUNTERS = {"int64": "I64", "int32": "I32", "bool": "BOOL"}  # that an optimizer keeps besides
+CODES = dtypes.CODES | COUNTERS
+CARRIERS = dtypes.CARRIERS | {code: np.dtype(name) for name, code in COUNTERS.items()}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ import numpy as np
 from mindspore.train import Callback
 from tqdm import tqdm
 
-from pangu_ms.checkpoint.layout import Grid
 from pangu_ms.errors import PanguError
 from pangu_ms.training.state import LOG_FILE, RunState, save_checkpoint
 
@@ -118,13 +117,13 @@ class PanguCheckpoint(Callback):
 
     def _save(self, network, step):
         run, model = network.run, network.gradients.forward.causal_lm
-        parallel = model.parallel
-        weights, optimizer = split_parameters(network)
-        arrays = [{name: parameter.asnumpy() for name, parameter in found.items()} for found in (weights, optimizer)]
+        grid = model.parallel.grid
+        rank = run.rank if run.rank < grid.ranks else None                      # a copy of the model, or none of this run
+        found = ({}, {}) if rank is None else split_parameters(network)
+        arrays = [{name: parameter.asnumpy() for name, parameter in each.items()} for each in found]
         state = RunState(step, step * run.sequences_per_step, run.seed, run.fields)
-        save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer,
-                        Grid(parallel.tensor, parallel.expert),
-                        parallel.model_rank if parallel.data_rank == 0 else None, parallel.wait)
+        save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer, grid, rank,
+                        model.parallel.wait)
 
 
 def split_parameters(network):

@@ -4,7 +4,7 @@ import math
 import mindspore as ms
 import numpy as np
 
-from pangu_ms.checkpoint.layout import Grid, cut, sliced
+from pangu_ms.checkpoint.layout import cut, sliced
 from pangu_ms.checkpoint.names import parameters
 from pangu_ms.training.settings import TrainingSettings
 
@@ -22,10 +22,10 @@ def initialize(causal_lm, seed, settings=TrainingSettings()):
     all streams alike, and leaves a little more of each stream in its place.
     """
     config, parallel, draw = causal_lm.config, causal_lm.parallel, np.random.default_rng(seed)
-    grid, known = Grid(parallel.tensor, parallel.expert), parameters(config)
+    known = parameters(config)
     for name, parameter in sorted(causal_lm.parameters_dict().items()):
         values = _values(name, known[name].shape, config, settings, draw)       # on all ranks, of which each has a part
-        values = cut(values, sliced(known[name], grid, parallel.model_rank)).astype(np.float32)
+        values = cut(values, sliced(known[name], parallel.grid, parallel.model_rank)).astype(np.float32)
         parameter.set_data(ms.Tensor(values).astype(parameter.dtype))
 
 

@@ -24,7 +24,6 @@ from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore import ops
 from mindspore.dataset import GeneratorDataset
 
-from pangu_ms.checkpoint.layout import Grid
 from pangu_ms.checkpoint.load import read_config
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import ConfigError, PanguError, check_section
@@ -273,8 +272,8 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         """The step carries the run's record for the callbacks and, in a resumed run, gets every parameter back."""
         step = super().create_model_wrapper(network, optimizer)
         step.run = self.run
-        grid, rank = Grid(self.parallel.tensor, self.parallel.expert), self.parallel.model_rank
-        saved = read_checkpoint(self.resume, grid, rank) if self.resume else ()
+        place = self.parallel
+        saved = read_checkpoint(self.resume, place.grid, place.model_rank) if self.resume else ()
         for parameters, arrays in zip(split_parameters(step), saved):
             if parameters.keys() != arrays.keys():
                 name = min(parameters.keys() ^ arrays.keys())

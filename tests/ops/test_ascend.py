@@ -11,6 +11,7 @@ import pangu_ms.model  # noqa: F401  graph mode
 from pangu_ms import ops as operators
 from pangu_ms.config import PanguConfig
 from pangu_ms.ops import ascend, portable
+from tests.ops.cells import Call
 
 CONFIG = PanguConfig.flash_92b()
 HEADS, LATENT, ROPE = CONFIG.num_attention_heads, CONFIG.kv_lora_rank, CONFIG.qk_rope_head_dim
@@ -19,15 +20,6 @@ KV_B = (HEADS * (CONFIG.qk_nope_head_dim + CONFIG.v_head_dim), LATENT)
 OUT = HEADS * CONFIG.v_head_dim
 HIDDEN, EXPERTS, CHOICES, EXPERT = 2560, 256, 8, 1024
 SCALE = WIDTH ** -0.5
-
-
-class Call(ms.nn.Cell):
-    def __init__(self, function, *constants):
-        super().__init__()
-        self.function, self.constants = function, constants
-
-    def construct(self, *arguments):
-        return self.function(*arguments, *self.constants)
 
 
 class Gradient(ms.nn.Cell):

@@ -12,6 +12,7 @@ from mindspore import mint, ops
 
 import pangu_ms.model  # noqa: F401  graph mode
 from pangu_ms.ops import ascend, ascend_attention, ascend_experts, attention, cross_entropy, experts, portable
+from tests.ops.cells import Call
 
 ANY = np.random.default_rng(0)
 TOLERANCE = 2e-6
@@ -24,15 +25,6 @@ def small(name):
     """The plain forms alone."""
     return {"masked_softmax": lambda: attention.masked_softmax(small),
             "absorbed_attention": lambda: attention.absorbed(small)}.get(name, lambda: getattr(portable, name))()
-
-
-class Call(ms.nn.Cell):
-    def __init__(self, function, *constants):
-        super().__init__()
-        self.function, self.constants = function, constants
-
-    def construct(self, *arguments):
-        return self.function(*arguments, *self.constants)
 
 
 def agree(fused, plain, arguments, constants=(), gradient=False):

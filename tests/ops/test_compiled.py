@@ -11,6 +11,7 @@ import pangu_ms.model  # noqa: F401  turns graph mode on
 from pangu_ms import ops as operators
 from pangu_ms.model.rope import RotaryAngles
 from pangu_ms.ops import compiled
+from tests.ops.cells import Call
 
 if not compiled.available():
     pytest.skip("the compiled operators are not built here (python setup.py build_ext --inplace) or turned off",
@@ -130,13 +131,13 @@ CASES = [
 def test_equals_the_plain_form(name, make, monkeypatch):
     arguments = make()
     fast, plain = forms(name, monkeypatch)
-    outputs = results(Form(plain)(*arguments))
-    for found, wanted in zip(results(Form(fast)(*arguments)), outputs, strict=True):
+    outputs = results(Call(plain)(*arguments))
+    for found, wanted in zip(results(Call(fast)(*arguments)), outputs, strict=True):
         close(found, wanted)
     given = tuple(normal(*y.shape) if y.dtype == ms.float32 else y for y in outputs)
     given = given if len(given) > 1 else given[0]
     gradient = ms.ops.GradOperation(get_all=True, sens_param=True)
-    found, wanted = gradient(Form(fast))(*arguments, given), gradient(Form(plain))(*arguments, given)
+    found, wanted = gradient(Call(fast))(*arguments, given), gradient(Call(plain))(*arguments, given)
     tensors = [parameter for parameter, argument in zip(inspect.signature(plain).parameters, arguments, strict=True)
                if isinstance(argument, ms.Tensor)]
     for parameter, a, b in zip(tensors, found, wanted, strict=True):
@@ -150,7 +151,7 @@ def test_equals_the_plain_form(name, make, monkeypatch):
                                         ("expanded_attention", lambda t: attention(1, t, t))])
 def test_one_compilation_serves_every_length(name, make, monkeypatch):
     fast, plain = forms(name, monkeypatch)
-    cell, reference = Form(fast), Form(plain)
+    cell, reference = Call(fast), Call(plain)
     open_lengths = [ms.Tensor(shape=[None if a == 50 else a for a in argument.shape], dtype=argument.dtype)
                     if isinstance(argument, ms.Tensor) else argument for argument in make(50)]
     if name == "expanded_attention":
@@ -171,7 +172,7 @@ def test_ring(length, kept, monkeypatch):
     slots = ms.Tensor((begin + (start + length - kept + np.arange(kept)) % size).astype(np.int32))
     ring, new = normal(batch * size, dim), normal(batch, length, dim)
     rings = [ms.Tensor(ring.asnumpy().copy()) for _ in range(2)]
-    found, wanted = (Form(form)(kept_ring, new, order, slots, length == kept)
+    found, wanted = (Call(form)(kept_ring, new, order, slots, length == kept)
                      for form, kept_ring in zip((fast, plain), rings))
     assert np.array_equal(found.asnumpy(), wanted.asnumpy())
     assert np.array_equal(*(kept_ring.asnumpy() for kept_ring in rings))
@@ -197,7 +198,7 @@ def test_extreme_values(monkeypatch):
     fast, plain = forms("swiglu", monkeypatch)
     gate = ms.Tensor(np.array([-200, -100, -88, -87, -1e-8, 0, 1e-8, 87, 88, 100, 200], np.float32))
     up = ms.Tensor(np.ones(11, np.float32))
-    found = Form(fast)(gate, up).asnumpy()
+    found = Call(fast)(gate, up).asnumpy()
     assert np.isfinite(found).all()
     wanted = gate.asnumpy().astype(np.float64) / (1 + np.exp(-gate.asnumpy().astype(np.float64)))
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-35)
@@ -206,7 +207,7 @@ def test_extreme_values(monkeypatch):
 def test_other_dtypes_are_refused():
     half = ms.Tensor(np.ones((2, 4), np.float16))
     with pytest.raises(RuntimeError):
-        Form(operators.operator("swiglu", "float32"))(half, half).asnumpy()
+        Call(operators.operator("swiglu", "float32"))(half, half).asnumpy()
 
 
 @pytest.fixture(autouse=True)
@@ -235,12 +236,3 @@ def close(found, wanted, tolerance=TOLERANCE):
         assert np.array_equal(found, wanted)
     else:
         np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * max(np.abs(wanted).max(), 1e-30))
-
-
-class Form(ms.nn.Cell):
-    def __init__(self, form):
-        super().__init__()
-        self.form = form
-
-    def construct(self, *arguments):
-        return self.form(*arguments)

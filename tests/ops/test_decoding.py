@@ -6,6 +6,7 @@ import pytest
 import pangu_ms.model  # noqa: F401  turns graph mode on
 from pangu_ms import ops as operators
 from pangu_ms.ops import compiled
+from tests.ops.cells import Call
 
 if not compiled.available():
     pytest.skip("the compiled operators are not built here (python setup.py build_ext --inplace) or turned off",
@@ -193,7 +194,7 @@ def both(name, monkeypatch):
 def run(form, arguments):
     """The outputs, and what the arguments hold afterwards."""
     given = [ms.Tensor(argument.copy()) if isinstance(argument, np.ndarray) else argument for argument in arguments]
-    outputs = Form(form)(*given)
+    outputs = Call(form)(*given)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return ([output.asnumpy() for output in outputs],
             [one.asnumpy() if isinstance(one, ms.Tensor) else one for one in given])
@@ -202,12 +203,3 @@ def run(form, arguments):
 def close(found, wanted):
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * max(np.abs(wanted).max(), 1e-30))
-
-
-class Form(ms.nn.Cell):
-    def __init__(self, form):
-        super().__init__()
-        self.form = form
-
-    def construct(self, *arguments):
-        return self.form(*arguments)
