@@ -192,26 +192,46 @@ def muon_rows(p: Parameter, config: PanguConfig) -> tuple[int, ...] | None:
 
 
 def optimizer_flops(config: PanguConfig, parallel: Parallel, work: Work) -> float:
-    """Muon's Newton-Schulz steps on this device's slices, all float32.
+    """Muon's Newton-Schulz steps on this device, all float32.
 
-    A step on a matrix with sides m <= n takes XX^T (2m^2 n), its square (2m^3) and the product with X (2m^2 n). With a
-    sharded optimizer each data-parallel rank orthogonalises its part of the matrices, as whole matrices. A tensor rank
-    orthogonalises its slice; gathering the matrix first would cost `tensor` times as much.
+    A step on a matrix with sides m <= n takes XX^T (2m^2 n), its square (2m^3) and the product with X (2m^2 n). Tensor
+    ranks, and with divided states the ranks that hold the same, have their share of the matrices, as whole matrices.
     """
-    total = 0.0
+    total, shares = 0.0, state_shares(config, parallel, work)
     for p in held(config):
         rows = muon_rows(p, config)
         if rows is None:
             continue
-        matrices, local_rows, columns = local_shape(p, parallel)
+        matrices = local_shape(p, parallel)[0] * shares[p.name] / (parallel.tensor if divided_axis(p) else 1)
         for part in rows:
-            m, n = sorted((part * local_rows / p.rows, columns))
-            total += matrices * NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m ** 3) / state_shards(p, parallel, work)
+            m, n = sorted((part, p.columns))
+            total += matrices * NEWTON_SCHULZ_STEPS * (4 * m * m * n + 2 * m ** 3)
     return total
 
 
-def state_shards(p: Parameter, parallel: Parallel, work: Work) -> int:
-    """Ranks that share the optimizer states of a parameter: those that hold the same values of it."""
-    if not work.shard_optimizer:
-        return 1
-    return parallel.data if p.component == "expert" else parallel.replicas
+def divided_axis(p: Parameter) -> str | None:
+    """Along which tensor ranks divide a matrix, if they do."""
+    return next((split.axis for split in p.splits if split.over == "tensor"), None)
+
+
+def state_ranks(p: Parameter, parallel: Parallel, work: Work) -> int:
+    """How many ranks divide the optimizer states of a parameter: those that hold the same values, if any do."""
+    return (parallel.data if p.component == "expert" else parallel.replicas) if work.shard_optimizer else 1
+
+
+def state_shares(config: PanguConfig, parallel: Parallel, work: Work) -> dict[str, float]:
+    """Name -> how much of a parameter's optimizer states the busiest device keeps, of what it holds of the parameter.
+
+    Ranks that divide them take whole ones of equal matrices, and of all else equally many values, as
+    `training.divided` does.
+    """
+    shares, groups = {}, defaultdict(list)
+    for p in held(config):
+        ranks, rows = state_ranks(p, parallel, work), muon_rows(p, config)
+        if rows is None:
+            shares[p.name] = -(-local_count(p, parallel) // ranks) / local_count(p, parallel)
+        else:
+            groups[ranks, p.shape, rows, divided_axis(p)].append(p.name)
+    for (ranks, *_), names in groups.items():
+        shares |= dict.fromkeys(names, -(-len(names) // ranks) / len(names))
+    return shares

@@ -5,7 +5,7 @@ import numpy as np
 
 from pangu_ms.checkpoint.names import Parameter
 from pangu_ms.config import LayerPlan, PanguConfig
-from pangu_ms.estimate.flops import BLOCK, expert_rows, extent, local_count, muon_rows, state_shards
+from pangu_ms.estimate.flops import BLOCK, expert_rows, extent, local_count, muon_rows, state_ranks, state_shares
 from pangu_ms.estimate.work import Calls, Parallel, Work, decode_calls, held, prefill_calls, train_calls
 
 FLOAT32_COMPONENTS = ("mhc", "merge", "router")  # kept float32 by the network whatever its dtype
@@ -28,14 +28,16 @@ def optimizer_bytes(config: PanguConfig, parallel: Parallel, work: Work) -> dict
     """Float32 states: a master copy where the parameter is not float32, one moment for Muon's, two for AdamW's.
 
     The router's selection bias is moved by counts and has none. Sharded: divided among the ranks that hold the same
-    values, `dp` for experts and `dp * ep` for everything else.
+    values, `dp` for experts and `dp * ep` for everything else; then float32 parameters have masters as well.
     """
+    shares = state_shares(config, parallel, work)
     found = {"masters": 0.0, "muon_moments": 0.0, "adamw_moments": 0.0}
     for p in held(config):
         if p.name.endswith("e_score_correction_bias"):
             continue
-        count = 4 * local_count(p, parallel) / state_shards(p, parallel, work)
-        if work.dtype != "float32" and p.component not in FLOAT32_COMPONENTS:
+        count = 4 * local_count(p, parallel) * shares[p.name]
+        exact = work.dtype == "float32" or p.component in FLOAT32_COMPONENTS
+        if not exact or state_ranks(p, parallel, work) > 1:
             found["masters"] += count
         muon = muon_rows(p, config) is not None
         found["muon_moments" if muon else "adamw_moments"] += count * (1 if muon else 2)
@@ -47,11 +49,11 @@ def optimizer_work_bytes(config: PanguConfig, parallel: Parallel, work: Work) ->
 
     The plain optimizer stacks all parameters of one shape and treats them at once; fused, one parameter at a time.
     """
-    groups: dict[tuple, float] = defaultdict(float)
+    groups, shares = defaultdict(float), state_shares(config, parallel, work)
     for p in held(config):
         rows = muon_rows(p, config)
         if rows is not None:
-            count = local_count(p, parallel) / state_shards(p, parallel, work)
+            count = local_count(p, parallel) * shares[p.name]
             key = (p.shape, rows)
             groups[key] = max(groups[key], count) if work.fused else groups[key] + count
     return 3 * 4 * max(groups.values(), default=0)

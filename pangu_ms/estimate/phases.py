@@ -65,7 +65,8 @@ def phases(config: PanguConfig, parallel: Parallel, work: Work, device: Device) 
         return [
             _phase("step", work.batch * work.length, flops.train_flops(config, parallel, work, calls),
                    traffic.train_bytes(config, parallel, work, calls), sent, device, parallel),
-            _phase("update", 0, update, traffic.update_bytes(config, parallel, work), {}, device, parallel),
+            _phase("update", 0, update, traffic.update_bytes(config, parallel, work),
+                   traffic.update_collective_bytes(config, parallel, work), device, parallel),
         ]
     return [_phase(name, work.batch * calls.tokens, flops.forward_flops(config, parallel, work, calls),
                    traffic.infer_bytes(config, parallel, work, calls),

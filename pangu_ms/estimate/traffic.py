@@ -2,7 +2,7 @@
 import numpy as np
 
 from pangu_ms.config import PanguConfig
-from pangu_ms.estimate.flops import BLOCK, expert_rows, extent
+from pangu_ms.estimate.flops import BLOCK, divided_axis, expert_rows, extent, local_count, muon_rows, state_shares
 from pangu_ms.estimate.memory import (layer_activations, optimizer_bytes, parameter_bytes, total,
                                       train_logits_bytes, weight_bytes)
 from pangu_ms.estimate.work import Calls, Parallel, Work, held
@@ -91,8 +91,7 @@ def collective_bytes(config: PanguConfig, parallel: Parallel, work: Work, calls:
     scatters the sums of the experts' outputs. The backward does the same the other way. In inference all have the
     same tokens, and the outputs are summed.
 
-    data: gradients are summed over the ranks that hold the same values: `dp` for experts, `dp * ep` for all else. A
-    sharded optimizer scatters the sums and gathers the parameters instead, which is as much.
+    data: gradients are summed over the ranks that hold the same values: `dp` for experts, `dp * ep` for all else.
     """
     c, train = config, work.phase == "train"
     plans = c.layers if train else c.layers[:c.num_hidden_layers]
@@ -117,3 +116,15 @@ def collective_bytes(config: PanguConfig, parallel: Parallel, work: Work, calls:
         data = 2 * (ring(parallel.data) * weights["experts"] + ring(parallel.replicas) * weights["other"])
     return {"tensor": sent, "expert": expert, "data": data}
 
+
+def update_collective_bytes(config: PanguConfig, parallel: Parallel, work: Work) -> dict[str, float]:
+    """What one device sends for the optimizer, by group.
+
+    tensor: the parts of Muon's updates, float32, are exchanged for whole matrices, and back.
+    data: with a sharded optimizer, parameters are gathered by those that hold the same.
+    """
+    shares, weights = state_shares(config, parallel, work), weight_bytes(config, parallel, work)
+    updates = sum(4 * local_count(p, parallel) * shares[p.name] for p in held(config)
+                  if divided_axis(p) and muon_rows(p, config))
+    gathered = ring(parallel.data) * weights["experts"] + ring(parallel.replicas) * weights["other"]
+    return {"tensor": 2 * ring(parallel.tensor) * updates, "data": gathered if work.shard_optimizer else 0.0}

@@ -124,6 +124,18 @@ class Parallel:
         """The last axis, of which each tensor parallel rank has a part."""
         return GatherColumns(*self._members("tensor")) if self.tensor > 1 else nn.Identity()
 
+    def all_rows(self, dimension):
+        """x [B, ...] of each rank of a dimension -> [ranks * B, ...] on all of them, in their order. No gradient."""
+        return _all_of(*self._members(dimension))
+
+    def exchange(self, split, concatenate):
+        """x, of which each tensor parallel rank has a part along the axis `concatenate` -> x whole along that axis, of
+        which each has its part along `split`. No gradient."""
+        members = self._members("tensor")
+        if context.get_context("device_target") == "Ascend":
+            return ops.AlltoAll(self.tensor, split, concatenate, members[0])
+        return _ExchangeBySum(*members, split, concatenate)
+
     def to_experts(self):
         """What every expert parallel rank must see of x [B, ...], and the way back for what their experts made of it:
 
@@ -257,6 +269,20 @@ class _OwnOfSum(nn.Cell):
     def construct(self, x):
         parts = ops.reshape(self.sum(x), (self.ranks, -1) + x.shape[1:])
         return parts[self.index]
+
+
+class _ExchangeBySum(nn.Cell):
+    """AlltoAll for a CPU, which has none."""
+
+    def __init__(self, group, index, ranks, split, concatenate):
+        super().__init__()
+        self.all_of, self.index, self.ranks = _AllOfBySum(group, index, ranks), index, ranks
+        self.split, self.concatenate = split, concatenate
+
+    def construct(self, x):
+        size = x.shape[self.split] // self.ranks
+        parts = ops.narrow(self.all_of(ops.expand_dims(x, 0)), self.split + 1, self.index * size, size)
+        return ops.cat(ops.unstack(parts), self.concatenate)
 
 
 def own_part(ids, first, count):

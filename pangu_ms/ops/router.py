@@ -1,5 +1,4 @@
 """The experts that each token goes to, plain form."""
-import mindspore as ms
 from mindspore import ops
 
 

@@ -16,6 +16,7 @@ from mindspore.train import Callback
 from tqdm import tqdm
 
 from pangu_ms.errors import PanguError
+from pangu_ms.training.optimizer import PanguMuon
 from pangu_ms.training.state import LOG_FILE, RunState, save_checkpoint
 
 
@@ -118,18 +119,22 @@ class PanguCheckpoint(Callback):
     def _save(self, network, step):
         run, model = network.run, network.gradients.forward.causal_lm
         grid = model.parallel.grid
-        rank = run.rank if run.rank < grid.ranks else None                      # a copy of the model, or none of this run
+        rank = run.rank if run.rank < grid.ranks else None                      # a copy, or none of this run's
         found = ({}, {}) if rank is None else split_parameters(network)
         arrays = [{name: parameter.asnumpy() for name, parameter in each.items()} for each in found]
+        if isinstance(network.optimizer, PanguMuon):
+            arrays[1] |= network.optimizer.divided_states()                     # which all ranks put together
         state = RunState(step, step * run.sequences_per_step, run.seed, run.fields)
         save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer, grid, rank,
                         model.parallel.wait)
 
 
 def split_parameters(network):
-    """(the model's parameters, all others of a `TrainStep`: moments, counters) by name."""
+    """(the model's parameters, all others of a `TrainStep` but parts of divided states: moments, counters) by name."""
     weights = {parameter.name: parameter for parameter in network.gradients.forward.causal_lm.get_parameters()}
-    others = {parameter.name: parameter for parameter in network.get_parameters() if parameter.name not in weights}
+    parts = network.optimizer.parts if isinstance(network.optimizer, PanguMuon) else ()
+    others = {parameter.name: parameter for parameter in network.get_parameters()
+              if parameter.name not in weights and parameter.name not in parts}
     return weights, others
 
 

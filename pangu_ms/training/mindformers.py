@@ -204,11 +204,13 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         resume: the directory of the checkpoint to go on from.
         weights: a checkpoint directory whose weights the model starts from.
         parallel (Parallel): this process's place.
+        divide_states: ranks that hold the same parameters divide the optimizer's states among them.
     """
 
-    def __init__(self, model_name=None, run=None, resume=None, weights=None, parallel=Parallel()):
+    def __init__(self, model_name=None, run=None, resume=None, weights=None, parallel=Parallel(), divide_states=False):
         super().__init__(model_name)
         self.run, self.resume, self.weights, self.parallel = run, resume, weights, parallel
+        self.divide_states = divide_states
 
     def _check_grad_accumulation_steps(self):
         """Theirs resets accumulation to 1 unless parallel_mode is semi_auto_parallel; ours is in `TrainStep`."""
@@ -266,22 +268,28 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         if self.config.optimizer.type == "PanguMuon":
             self.config.optimizer.config = _ours(network).training_forward.causal_lm.config
             self.config.optimizer.parallel = self.parallel
+            self.config.optimizer.divide_states = self.divide_states
         return super().create_optimizer_scheduler(network, model_params)
 
     def create_model_wrapper(self, network, optimizer):
         """The step carries the run's record for the callbacks and, in a resumed run, gets every parameter back."""
         step = super().create_model_wrapper(network, optimizer)
         step.run = self.run
-        place = self.parallel
-        saved = read_checkpoint(self.resume, place.grid, place.model_rank) if self.resume else ()
-        for parameters, arrays in zip(split_parameters(step), saved):
-            if parameters.keys() != arrays.keys():
-                name = min(parameters.keys() ^ arrays.keys())
-                raise ConfigError(f"{self.resume}: {name} is {'not' if name in parameters else 'only'} there; another "
+        if not self.resume:
+            return step
+        divided = optimizer.divided_names if isinstance(optimizer, PanguMuon) else set()
+        saved = read_checkpoint(self.resume, self.parallel.grid, self.parallel.model_rank)
+        for parameters, arrays, others in zip(split_parameters(step), saved, (set(), divided)):
+            wanted = parameters.keys() | others
+            if wanted != arrays.keys():
+                name = min(wanted ^ arrays.keys())
+                raise ConfigError(f"{self.resume}: {name} is {'not' if name in wanted else 'only'} there; another "
                                   "version of this package wrote it: begin a new run with load_checkpoint")
             for name, parameter in parameters.items():
                 tensor = ms.Tensor(arrays[name])
                 parameter.set_data(tensor.view(ms.bfloat16) if parameter.dtype == ms.bfloat16 else tensor)
+        if divided:
+            optimizer.set_divided_states(saved[1])
         return step
 
 
@@ -305,6 +313,8 @@ def train(fields, output_dir, resume=None, state=None):
     fields = complete(fields)
     check_keys(fields)
     parallel = find_parallel(fields)
+    # MindSpore's own way of dividing them, behind the same key, is for its own optimizers.
+    divide_states = (fields.get("parallel") or {}).pop("enable_parallel_optimizer", False)
     run = Run(output_dir, given, fields["seed"], steps=0, start=state.step if state else 0, sequences_per_step=0,
               sequences=state.sequences if state else 0,
               tokenizer=fields["train_dataset"]["data_loader"].get("tokenizer"))
@@ -314,7 +324,7 @@ def train(fields, output_dir, resume=None, state=None):
         raise ConfigError("run_mode: found finetune without weights; give load_checkpoint or pretrained_model_dir")
     build_context(config)
     parallel = parallel.start()
-    config.trainer.update(run=run, resume=resume, weights=weights, parallel=parallel)
+    config.trainer.update(run=run, resume=resume, weights=weights, parallel=parallel, divide_states=divide_states)
     if config.train_dataset.data_loader.type == "PanguJsonlLoader":
         config.train_dataset.data_loader.tensor_parallel = parallel.tensor
     run.rank = get_real_rank()

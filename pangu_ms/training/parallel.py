@@ -31,8 +31,7 @@ def find_parallel(fields):
     for section, key, value, wanted in (
             ("parallel_config", "pipeline_stage", given.get("pipeline_stage", 1), 1),
             ("parallel_config", "context_parallel", given.get("context_parallel", 1), 1),
-            ("parallel", "parallel_mode", context.get("parallel_mode", 0), 0),
-            ("parallel", "enable_parallel_optimizer", context.get("enable_parallel_optimizer", False), False)):
+            ("parallel", "parallel_mode", context.get("parallel_mode", 0), 0)):
         if value != wanted:
             raise ConfigError(f"{section}.{key}: found {value!r}, wanted {wanted}: ranks share the network by "
                               "collectives of its own, for data_parallel, model_parallel and expert_parallel")
@@ -42,6 +41,9 @@ def find_parallel(fields):
     if wrapper != "PanguTrainStep" and tensor * expert > 1:
         raise ConfigError(f"runner_wrapper.type: found {wrapper}, wanted PanguTrainStep, which knows what other "
                           "devices hold of a model")
+    if context.get("enable_parallel_optimizer") and fields["optimizer"].get("type") != "PanguMuon":
+        raise ConfigError(f"optimizer.type: found {fields['optimizer'].get('type')}, wanted PanguMuon, which divides its "
+                          "states as parallel.enable_parallel_optimizer asks")
     if loader != "PanguJsonlLoader" and tensor > 1:
         raise ConfigError(f"train_dataset.data_loader.type: found {loader}, wanted PanguJsonlLoader, which gives the "
                           "same sequences to all ranks of model_parallel")
@@ -62,8 +64,8 @@ class BatchMean(nn.Cell):
 
     def __init__(self, config, parallel, names):
         super().__init__()
-        known, self.share, self.each = parameters(config), 1 / parallel.batch, ops.Map()
-        self.experts = tuple(any(split.over == "expert" for split in known[name].splits) for name in names)
+        experts, self.share, self.each = expert_names(config), 1 / parallel.batch, ops.Map()
+        self.experts = tuple(name in experts for name in names)
         self.copies, self.sum = parallel.reduce("data"), parallel.reduce("batch")
 
     def construct(self, total, parts, load, gradients):
@@ -114,6 +116,12 @@ class SharedSum(nn.Cell):
         return self.over_expert(self.over_tensor(total))[0]
 
 
+def expert_names(config):
+    """Of the parameters that expert parallel ranks divide."""
+    return {name for name, parameter in parameters(config).items()
+            if any(split.over == "expert" for split in parameter.splits)}
+
+
 def divided_axes(config):
     """Name -> "rows" or "columns": the axis along which tensor parallel ranks divide a parameter's matrices."""
     return {name: split.axis for name, parameter in parameters(config).items()
@@ -121,20 +129,27 @@ def divided_axes(config):
 
 
 class Matrices(nn.Cell):
-    """Whole matrices from the parts that tensor parallel ranks hold, and back: x float32 [G, rows, columns]."""
+    """Of matrices that tensor parallel ranks hold parts of, each rank some whole ones, as many as the others; and back.
+
+    `construct`: x float32 [G, rows, columns], parts along `axis` -> [ceil(G / ranks), rows, columns]; the matrices that
+    fill up the last ranks' are zeros. `back` takes what was made of them, and x.
+    """
 
     def __init__(self, parallel, axis):
         super().__init__()
-        self.gather, self.rank, self.ranks = parallel.gather(), parallel.tensor_rank, parallel.tensor
-        self.by_rows = axis == "rows"
+        axis = {"rows": 1, "columns": 2}[axis]
+        self.ranks = parallel.tensor
+        self.whole, self.parts = parallel.exchange(0, axis), parallel.exchange(axis, 0)
 
     def construct(self, x):
-        return ops.swapaxes(self.gather(ops.swapaxes(x, 1, 2)), 1, 2) if self.by_rows else self.gather(x)
+        return self.whole(filled(x, -(-x.shape[0] // self.ranks) * self.ranks))
 
-    def part(self, x):
-        groups, rows, columns = x.shape
-        if self.by_rows:
-            rows = rows // self.ranks
-            return ops.slice(x, (0, self.rank * rows, 0), (groups, rows, columns))
-        columns = columns // self.ranks
-        return ops.slice(x, (0, 0, self.rank * columns), (groups, rows, columns))
+    def back(self, made, x):
+        return ops.narrow(self.parts(made), 0, 0, x.shape[0])
+
+
+def filled(x, length):
+    """x [B, ...] with zeros behind it, [length, ...]."""
+    if x.shape[0] == length:
+        return x
+    return ops.cat((x, ops.zeros((length - x.shape[0],) + x.shape[1:], x.dtype)))

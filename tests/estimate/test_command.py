@@ -11,8 +11,8 @@ from pangu_ms.config import PanguConfig
 from pangu_ms.estimate import command
 from pangu_ms.estimate.devices import DEVICES
 from pangu_ms.estimate.phases import judge, phases, smallest_fleet, sweep
-from pangu_ms.estimate.traffic import collective_bytes
-from pangu_ms.estimate.work import Parallel, Work, train_calls
+from pangu_ms.estimate.traffic import collective_bytes, update_collective_bytes
+from pangu_ms.estimate.work import Parallel, Work, held, train_calls
 
 DEVICE = DEVICES["910B-64GB"]
 
@@ -78,6 +78,20 @@ def test_collectives_by_hand():
     sent = collective_bytes(config, Parallel(1, 1, 4), work, calls)
     assert sent["tensor"] == 0 and sent["expert"] == 3 / 4 * 47 * 2 * 256 * (2 * hidden + 8 * 8)
     assert collective_bytes(config, Parallel(4, 1, 1), work, calls)["data"] > 50 * sent["data"] * 3 / 4 / 3
+
+
+def test_collectives_of_the_update_by_hand(monkeypatch):
+    """Layer 2's experts, 4 of them on each rank: 3 x 1024 x 2560 values each, one of two ranks with gate or up; and
+    its q_a projection, which tensor ranks hold whole."""
+    config, some = PanguConfig.flash_92b(), ("layers.2.mlp.experts", "layers.2.self_attn.q_a_proj")
+    for module in ("flops", "memory", "traffic"):
+        monkeypatch.setattr(f"pangu_ms.estimate.{module}.held",
+                            lambda config: [p for p in held(config) if any(name in p.name for name in some)])
+    expert = 4 * 1024 * 2560
+    sent = update_collective_bytes(config, Parallel(1, 4, 64), Work("train", 64, 64))
+    assert sent == {"tensor": 2 * 3 / 4 * 3 * expert / 4 * 4, "data": 0}
+    sent = update_collective_bytes(config, Parallel(2, 1, 64), Work("train", 64, 128, shard_optimizer=True))
+    assert sent == {"tensor": 0, "data": 2 * (3 * expert / 2 + 1024 * 2560 * 127 / 128)}
 
 
 def test_a_group_that_leaves_the_server_takes_the_network():

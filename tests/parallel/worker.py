@@ -51,7 +51,8 @@ def train(directory, parallel):
     own = slice(parallel.rank // parallel.tensor, None, parallel.batch)
     batch = [ms.Tensor(column[own]) for column in (ids, np.roll(ids, -1, 1), mask, position)]
     forward = TrainingForward(model, settings)                                  # which says what is trainable
-    optimizer = PanguMuon(model.trainable_params(), model.config, 0.003, parallel=parallel)
+    optimizer = PanguMuon(model.trainable_params(), model.config, 0.003, parallel=parallel,
+                          divide_states=parallel.data > 1)
     step = TrainStep(forward, optimizer, max_grad_norm=1.0,
                      bias_update_rate=settings.router_bias_update_rate)
     losses, norms = [], []
@@ -62,8 +63,9 @@ def train(directory, parallel):
                      for parameter, gradient in zip(optimizer.parameters, gradients)} | {"parts": parts.asnumpy()}
         norms.append(step.update(ms.mutable(gradients), load).asnumpy())
         losses.append(total.asnumpy())
-    found |= {f"state {parameter.name}": parameter.asnumpy() for parameter in optimizer.get_parameters()
-              if parameter.name.startswith(("muon.", "adam_m."))}
+    states = {parameter.name: parameter.asnumpy() for parameter in optimizer.get_parameters()
+              if parameter.name not in optimizer.parts} | optimizer.divided_states()
+    found |= {f"state {name}": values for name, values in states.items() if name.startswith(("muon.", "adam_m."))}
     return found | {"losses": np.array(losses), "norms": np.array(norms)}
 
 

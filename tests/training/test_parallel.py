@@ -15,7 +15,7 @@ def fields(data, monkeypatch):
     model = json.loads((data / "tiny" / "config.json").read_text()) | {"num_attention_heads": 4, "vocab_size": 96}
     return {"use_parallel": True, "parallel_config": {"data_parallel": 2, "model_parallel": 2, "expert_parallel": 2},
             "model": {"model_config": model}, "runner_wrapper": {"type": "PanguTrainStep"},
-            "train_dataset": {"data_loader": {"type": "PanguJsonlLoader"}}}
+            "train_dataset": {"data_loader": {"type": "PanguJsonlLoader"}}, "optimizer": {"type": "PanguMuon"}}
 
 
 def test_expert_ranks_are_data_parallel_ranks(fields):
@@ -36,7 +36,8 @@ def test_expert_ranks_are_data_parallel_ranks(fields):
     ({"parallel_config": {"model_parallel": "2"}}, "tensor parallel is '2': wanted a whole number"),
     ({"parallel_config": {"pipeline_stage": 2}}, "parallel_config.pipeline_stage: found 2, wanted 1: "),
     ({"parallel": {"parallel_mode": 1}}, "parallel.parallel_mode: found 1, wanted 0: "),
-    ({"parallel": {"enable_parallel_optimizer": True}}, "parallel.enable_parallel_optimizer: found True, wanted False"),
+    ({"parallel": {"enable_parallel_optimizer": True}, "optimizer": {"type": "AdamW"}},
+     "optimizer.type: found AdamW, wanted PanguMuon, .*parallel.enable_parallel_optimizer"),
     ({"runner_wrapper": {"type": "MFTrainOneStepCell"}}, "runner_wrapper.type: found MFTrain.*, wanted PanguTrainStep"),
     ({"train_dataset": {"data_loader": {"type": "MindDataset"}}}, "data_loader.type: found MindDataset, wanted Pangu"),
 ])

@@ -149,7 +149,7 @@ def test_mindformers_own_loader(directory, whole):
 
 
 def test_two_devices_go_on_from_what_one_wrote(directory, whole):
-    """They divide batch and experts; the same run but for rounding."""
+    """They divide batch, experts and optimizer states; the same run but for rounding."""
     copy = directory / "devices" / "run"
     shutil.copytree(directory / "whole", copy)
     for checkpoint in checkpoints(str(copy))[1:]:
@@ -161,7 +161,7 @@ def test_two_devices_go_on_from_what_one_wrote(directory, whole):
                     "--log_dir=devices/msrun", "--join=True", ROOT / "tools" / "train.py", "--config", "run.yaml",
                     "--resume", "--options", "output_dir=devices/run", "use_parallel=True",
                     "runner_config.batch_size=2", "parallel_config.data_parallel=2",
-                    "parallel_config.expert_parallel=2"],
+                    "parallel_config.expert_parallel=2", "parallel.enable_parallel_optimizer=True"],
                    cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)
     shared = read_log(directory, "devices/run")
     assert len(shared) == len(whole) > step and shared[:step] == whole[:step] and shared[step:] != whole[step:]
