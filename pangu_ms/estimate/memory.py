@@ -5,11 +5,13 @@ import numpy as np
 
 from pangu_ms.checkpoint.names import Parameter
 from pangu_ms.config import LayerPlan, PanguConfig
-from pangu_ms.estimate.flops import BLOCK, expert_rows, extent, local_count, muon_rows, state_ranks, state_shares
+from pangu_ms.estimate.flops import (BLOCK, divided_axis, expert_rows, extent, local_count, muon_rows, state_ranks,
+                                     state_shares)
 from pangu_ms.estimate.work import Calls, Parallel, Work, decode_calls, held, prefill_calls, train_calls
 
 FLOAT32_COMPONENTS = ("mhc", "merge", "router")  # kept float32 by the network whatever its dtype
-STREAMED_ROWS = 1024  # of the head at once, in a cross entropy that keeps no logits
+STACKED = 2 ** 28     # of `training.optimizer`
+STREAMED_ROWS = 1024  # of `ops.cross_entropy`, at once
 
 
 def parameter_bytes(p: Parameter, parallel: Parallel, work: Work) -> int:
@@ -47,16 +49,20 @@ def optimizer_bytes(config: PanguConfig, parallel: Parallel, work: Work) -> dict
 def optimizer_work_bytes(config: PanguConfig, parallel: Parallel, work: Work) -> float:
     """Three float32 copies while Muon orthogonalises: the update, its powers' sum, their product.
 
-    The plain optimizer stacks all parameters of one shape and treats them at once; fused, one parameter at a time.
+    Equal parameters are stacked and treated at once, up to STACKED values. Ranks that divide the states stack the
+    gradients of all, and keep their share of that.
     """
-    groups, shares = defaultdict(float), state_shares(config, parallel, work)
+    groups = defaultdict(list)
     for p in held(config):
         rows = muon_rows(p, config)
         if rows is not None:
-            count = local_count(p, parallel) * shares[p.name]
-            key = (p.shape, rows)
-            groups[key] = max(groups[key], count) if work.fused else groups[key] + count
-    return 3 * 4 * max(groups.values(), default=0)
+            groups[p.shape, rows, divided_axis(p)].append(p)
+    largest = 0.0
+    for p, *others in groups.values():
+        ranks, size = state_ranks(p, parallel, work), local_count(p, parallel)
+        at_once = min(1 + len(others), max(1, STACKED // (ranks * size)) * ranks)
+        largest = max(largest, 12 * -(-at_once // ranks) * size + work.width * at_once * size * (ranks > 1))
+    return largest
 
 
 def cache_bytes(config: PanguConfig, parallel: Parallel, work: Work) -> int:
@@ -77,10 +83,11 @@ def layer_activations(config: PanguConfig, parallel: Parallel, work: Work, plan:
                       calls: Calls) -> dict[str, np.ndarray]:
     """What a layer computes and its backward reads, bytes [C] for each call, by part.
 
-    Fused: the inputs of each product and norm in the model's dtype. Plain: beside them the float32 copies that the
-    plain forms make, the scores [heads, keys] of each query (float32 for the softmax, once more in the model's dtype),
-    the indexer's scores of each of its heads, and one copy of an expert's three matrices for each block of rows, or
-    when decoding for each (token, choice) pair.
+    Fused: the inputs of each product and norm in the model's dtype, the experts' matrices transposed, and where DSA
+    selects for many rows the cache in two parts. Plain: beside the inputs the float32 copies that the plain forms make,
+    the scores [heads, keys] of each query (float32 for the softmax, once more in the model's dtype), the indexer's
+    scores of each of its heads, and one copy of an expert's three matrices for each block of rows, or when decoding,
+    fused as well, for each (token, choice) pair.
     """
     c, d, plain = config, work.width, not work.fused
     sequences = work.sequences(parallel)
@@ -104,11 +111,14 @@ def layer_activations(config: PanguConfig, parallel: Parallel, work: Work, plan:
         scored = reach.index_pairs * (c.index_n_heads * (4 + d) + 4) if plain else reach.index_rows * c.index_topk * 4
         gathered = 2 * reach.index_rows * c.index_topk * row * d * (plain and calls.cached)
         found["indexer"] = sequences * (queries + scored + gathered)
+        if calls.cached and not (plain or calls.decode):
+            found["split_cache"] = sequences * reach.selects * calls.capacity * row * d
     if plan.moe:
         width, shared = c.moe_intermediate_size // parallel.tensor, c.n_shared_experts
         rows = expert_rows(c, parallel, work, calls)
         found["experts"] = rows * (2 * hidden * d + width * (3 * d + 2 * wide) + hidden * wide)
-        copies = (rows if calls.decode else rows / BLOCK) * plain
+        transposed = np.full_like(rows, c.n_routed_experts // parallel.expert)
+        copies = rows if calls.decode else rows / BLOCK if plain else transposed
         found["expert_copies"] = copies * 3 * hidden * width * d
         found["shared_and_router"] = tokens * (shared * width * (3 * d + 2 * wide) + 3 * 4 * c.n_routed_experts)
         if parallel.expert > 1 and work.phase == "train":               # all tokens of the copy, and their sums
@@ -150,12 +160,13 @@ def train_logits_bytes(config: PanguConfig, parallel: Parallel, work: Work) -> f
     """The head's output, once for the trunk and once for each MTP depth.
 
     Plain: the exponentials in float32 stay for the backward of each, and one set of logits, shifted logits and their
-    gradient is being worked on. Fused: STREAMED_ROWS rows at a time, nothing stays.
+    gradient is being worked on. Fused, and where tensor ranks share the vocabulary: a piece at a time, of which logits,
+    shares and gradient are there and nothing stays, and the float32 gradient of the head, to which it is added.
     """
     vocab = config.vocab_size // parallel.tensor
     tokens = work.sequences(parallel) * work.length
-    if work.fused:
-        return min(tokens, STREAMED_ROWS) * vocab * (work.width + 4)
+    if work.fused or parallel.tensor > 1:
+        return min(tokens, STREAMED_ROWS) * vocab * (2 * work.width + 12) + 4 * vocab * config.hidden_size
     return tokens * vocab * (4 * (1 + config.num_nextn_predict_layers) + work.width + 8)
 
 

@@ -11,17 +11,18 @@ from pangu_ms.estimate.work import Calls, Parallel, Work, held
 def weights_read(config: PanguConfig, parallel: Parallel, work: Work, calls: Calls) -> float:
     """Over all calls: every weight once a call, but of the embedding only rows (not counted), and of the experts some.
 
-    Fused: the experts that some token of the call goes to, E_local * (1 - (1 - K/E)^tokens) if each goes evenly. Plain:
-    one copy for each block of rows, or when decoding each pair, which is read, written and read again.
+    Fused: the experts that some token of the call goes to, E_local * (1 - (1 - K/E)^tokens) if each goes evenly, after
+    all of them have been transposed. Plain, and when decoding: one copy for each block of rows, or when decoding for
+    each pair, which is read, written and read again.
     """
     used = [p for p in held(config) if p.component != "embedding"
             and (work.phase == "train" or p.plan is None or not p.plan.mtp_depth)]
     always = sum(parameter_bytes(p, parallel, work) for p in used if p.component != "expert")
     local = config.n_routed_experts // parallel.expert
     one_each = sum(parameter_bytes(p, parallel, work) for p in used if p.component == "expert") / local
-    if work.fused:
+    if work.fused and not calls.decode:
         tokens = work.group_sequences(parallel) * calls.rows
-        touched = local * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
+        touched = local * (2 + 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
     else:
         rows = expert_rows(config, parallel, work, calls)
         touched = 3 * (rows if calls.decode else rows / BLOCK)

@@ -87,9 +87,8 @@ def fitting(config: PanguConfig, over: str) -> list[int]:
 class Work:
     """`batch` sequences of `length` tokens: one forward and backward of all of them, or their prefill and decoding.
 
-    fused: as fused operators would compute (attention over visible keys without its scores in memory, one product for
-    each group of experts, a streamed cross entropy, Muon one parameter at a time); otherwise as the plain forms of
-    `pangu_ms.ops` and `training.optimizer` compute now.
+    fused: as the Ascend forms of `pangu_ms.ops` compute (attention over visible keys without its scores in memory, one
+    product for each group of experts, a cross entropy in pieces); otherwise as the plain forms do.
     """
 
     phase: str  # "train" or "infer"

@@ -60,7 +60,7 @@ _FUSED = {
     "selected_attention": ascend_attention.selected,
     "choose": ascend_attention.choose,
     "many_tokens": ascend_experts.many_tokens,
-    "cross_entropy": ascend.cross_entropy,
+    "cross_entropy": cross_entropy.streamed,
 }
 
 

@@ -7,10 +7,9 @@ documentation says in its place and compares with the plain form.
 """
 import mindspore as ms
 from mindspore import mint, ops
-from mindspore.ops.auto_generate import CrossEntropyLoss, RotaryPositionEmbedding
+from mindspore.ops.auto_generate import RotaryPositionEmbedding
 
 _ROTATE = RotaryPositionEmbedding()
-_CROSS_ENTROPY = CrossEntropyLoss()
 
 
 def rms_norm(x, weight, eps):
@@ -44,16 +43,3 @@ def rotate(x, cos, sin, start):
 def top_k(scores, k):
     """In descending order, which `sparse_flash_attention` relies on: what is masked comes last."""
     return ops.cast(mint.topk(scores, k, -1)[1], ms.int32)
-
-
-def cross_entropy(small):
-    """A composed one: the head is the device's linear operator."""
-    linear = small("linear")
-
-    def form(hidden, weight, labels, mask):
-        logits = ops.cast(linear(hidden, weight), ms.float32)
-        flat = ops.cast(ops.reshape(labels, (-1,)), ms.int64)
-        loss = _CROSS_ENTROPY(ops.reshape(logits, (-1, weight.shape[0])), flat, None, "none")[0]
-        return ops.reshape(loss, labels.shape) * mask
-
-    return form

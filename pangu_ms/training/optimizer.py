@@ -8,6 +8,7 @@ hyper-connections as matrices too, and wants Megatron's parameter names. Attenti
 they never leave the attention operator, whose fused forms do not give them out.
 """
 import functools
+from collections import Counter
 
 import mindspore as ms
 from mindspore import nn, ops
@@ -18,6 +19,7 @@ from pangu_ms.training.parallel import Matrices, divided_axes, expert_names
 from pangu_ms.training.updates import AdamW, Muon
 
 ADAMW = ("embed_tokens", "lm_head", "gate", "phi")  # two-dimensional, yet no map between hidden vectors of one layer
+STACKED = 2 ** 28  # values of equal parameters that are updated at once, or one parameter
 NS_COEFFICIENTS = ((3.4445, -4.775, 2.0315),) * 5
 
 
@@ -64,13 +66,16 @@ class PanguMuon(nn.Optimizer):
                  ns_coefficients=NS_COEFFICIENTS, adamw_betas=(0.9, 0.95), adamw_eps=1e-8, muon=True,
                  parallel=Parallel(), divide_states=False):
         axes, experts = divided_axes(config) if parallel.tensor > 1 else {}, expert_names(config)
-        groups = {}                                                             # of what is updated at once
+        groups, counts = {}, Counter()                                          # of what is updated at once
         for parameter in params:
             rows = matrix_rows(parameter.name, parameter.shape, config) if muon else None
             matrices = rows and (parameter.shape, rows, axes.get(parameter.name))               # None: AdamW
             alike = "data" if parameter.name in experts else "batch"            # the ranks that hold it
-            divided = divide_states and parallel.size(alike) > 1
-            groups.setdefault((matrices, divided and (alike, parameter.dtype)), []).append(parameter)
+            ranks = parallel.size(alike) if divide_states else 1
+            kind = matrices, (alike, parameter.dtype) if ranks > 1 else None
+            at_once = max(1, STACKED // (ranks * parameter.size)) * ranks if matrices else len(params)
+            groups.setdefault((*kind, counts[kind] // at_once), []).append(parameter)
+            counts[kind] += 1
         super().__init__(learning_rate, sum(groups.values(), []), 0.0)
         self.betas = tuple(adamw_betas)
         self.powers = ms.ParameterTuple([ms.Parameter(ms.Tensor(1.0, ms.float32), f"adam_beta{i}_power", False)
@@ -84,7 +89,7 @@ class PanguMuon(nn.Optimizer):
             return Muon(members, rows, weight_decay, momentum, coefficients, Matrices(parallel, axis) if axis else None)
 
         cells = []
-        for (matrices, divided), members in groups.items():
+        for (matrices, divided, _), members in groups.items():
             if matrices is None:
                 make = functools.partial(make_adamw, tuple(weight_decay if _decayed(p) else 0.0 for p in members))
             else:

@@ -13,8 +13,9 @@ from mindspore import nn, ops
 from pangu_ms.checkpoint.names import parameters
 from pangu_ms.config import PanguConfig
 from pangu_ms.errors import ConfigError
-from pangu_ms.model.parallel import Parallel, own_part
+from pangu_ms.model.parallel import Parallel
 from pangu_ms.ops import operator
+from pangu_ms.ops.cross_entropy import LogShare
 
 
 def find_parallel(fields):
@@ -79,25 +80,30 @@ def _mean(copies, everyone, share, expert, gradient):
 
 
 class SharedCrossEntropy(nn.Cell):
-    """The operator `cross_entropy` where each tensor parallel rank has the logits of its range of the vocabulary."""
+    """The operator `cross_entropy` where each tensor parallel rank has the weights of its range of the vocabulary."""
 
     def __init__(self, config, parallel):
         super().__init__()
-        self.count = config.vocab_size // parallel.tensor
-        self.first = parallel.tensor_rank * self.count
-        self.linear = operator("linear", config.compute_dtype)
-        self.copy, self.reduce, self.gather = parallel.copy("tensor"), parallel.reduce("tensor"), parallel.gather()
+        first = parallel.tensor_rank * (config.vocab_size // parallel.tensor)
+        self.copy = parallel.copy("tensor")
+        self.log_share = LogShare(operator("linear", config.compute_dtype), first, parallel.reduce("tensor"),
+                                  _Largest(parallel.gather()))
 
     def construct(self, hidden, weight, labels, mask):
         """hidden [B, T, H], normed, weight [V / ranks, H], labels int32 [B, T], mask float32 [B, T] -> [B, T]."""
-        logits = ops.cast(self.linear(self.copy(hidden), weight), ms.float32)   # [B, T, V / ranks]
-        largest = self.gather(ops.stop_gradient(ops.ReduceMax(True)(logits, -1)))               # [B, T, ranks]
-        logits = logits - ops.stop_gradient(ops.ReduceMax(True)(largest, -1))
-        own, place = own_part(labels, self.first, self.count)
-        chosen = ops.squeeze(ops.gather_elements(logits, -1, ops.expand_dims(place, -1)), -1)
-        chosen = self.reduce(ops.select(own, chosen, ops.zeros_like(chosen)))
-        total = self.reduce(ops.ReduceSum()(ops.exp(logits), -1))
-        return (ops.log(total) - chosen) * mask
+        flat = ops.reshape(self.copy(hidden), (-1, hidden.shape[-1]))
+        return ops.reshape(self.log_share(flat, weight, ops.reshape(labels, (-1,)))[0], labels.shape) * mask
+
+
+class _Largest(nn.Cell):
+    """x [N] -> the largest of each place over the ranks that `gather` asks."""
+
+    def __init__(self, gather):
+        super().__init__()
+        self.gather = gather
+
+    def construct(self, x):
+        return ops.ReduceMax()(self.gather(ops.reshape(x, (1, -1, 1))), -1)[0]
 
 
 class SharedSum(nn.Cell):

@@ -11,7 +11,7 @@ from pangu_ms.config import PanguConfig
 from pangu_ms.estimate.flops import local_count, muon_rows
 from pangu_ms.estimate.memory import (cache_bytes, layer_activations, memory, optimizer_bytes, optimizer_work_bytes,
                                       total, train_logits_bytes, weight_bytes)
-from pangu_ms.estimate.work import Parallel, Work, held, train_calls
+from pangu_ms.estimate.work import Parallel, Work, held, prefill_calls, train_calls
 
 FLASH = PanguConfig.flash_92b()
 GOLDEN = ("tiny", "tiny_full", "odd", "eps")
@@ -96,11 +96,18 @@ def test_muon_sees_what_the_optimizer_sees(golden_config):
             assert muon_rows(p, config) == (rows and tuple(rows[0] * size for size in rows[1])), p.name
 
 
-def test_muon_stacks_the_parameters_of_one_shape():
-    """Gate and up of all 47 MoE layers are one group: three float32 copies of all their local values."""
+def test_muon_stacks_equal_parameters_up_to_a_size(monkeypatch):
+    """Gate and up of all 47 MoE layers are equal, and three of them have less than 2^28 values on each rank; each is
+    there three times in float32. Two ranks that divide them stack the bfloat16 gradients of two."""
+    monkeypatch.setattr("pangu_ms.estimate.memory.held",
+                        lambda config: [p for p in held(config) if p.component == "expert"])
     one = 256 * 1024 * 2560 // 8
-    assert optimizer_work_bytes(FLASH, Parallel(1, 1, 8), Work("train", 8, 8)) == 12 * 2 * 47 * one
-    assert optimizer_work_bytes(FLASH, Parallel(1, 1, 8), Work("train", 8, 8, fused=True)) == 12 * one
+    assert optimizer_work_bytes(FLASH, Parallel(1, 1, 8), Work("train", 8, 8)) == 12 * 3 * one
+    shared = Work("train", 8, 16, shard_optimizer=True)
+    assert optimizer_work_bytes(FLASH, Parallel(2, 1, 8), shared) == 12 * one + 2 * 2 * one
+    from pangu_ms.estimate import memory as estimate
+    from pangu_ms.training.optimizer import STACKED
+    assert estimate.STACKED == STACKED
 
 
 @pytest.mark.parametrize("length,batch,dtype", [(1, 1, "float32"), (77, 3, "float16"), (32768, 2, "bfloat16")])
@@ -130,8 +137,24 @@ def test_scores_are_the_plain_forms_largest_part():
         assert layer_activations(FLASH, Parallel(), work, FLASH.layers[1], train_calls(work))["scores"] == wanted
 
 
+def test_copies_of_the_ascend_forms():
+    """32 experts of 3 matrices 2560 x 512; 4096 rows of a cache of 512 + 64."""
+    parallel = Parallel(1, 2, 8)
+    work = Work("train", 4096, 8, fused=True)
+    copies = layer_activations(FLASH, parallel, work, FLASH.layers[2], train_calls(work))["expert_copies"]
+    assert copies == 32 * 3 * 2560 * 512 * 2
+    work = Work("infer", 4096, 1, fused=True)
+    calls = prefill_calls(FLASH, parallel, work)
+    dsa = layer_activations(FLASH, parallel, work, FLASH.layers[FLASH.dsa_layers[0]], calls)
+    assert dsa["split_cache"][-1] == 4096 * 576 * 2
+
+
 def test_logits():
-    assert train_logits_bytes(FLASH, Parallel(1, 2, 1), Work("train", 4096, 1)) == 4096 * 75776 * (16 + 2 + 8)
+    assert train_logits_bytes(FLASH, Parallel(), Work("train", 4096, 1)) == 4096 * 151552 * (16 + 2 + 8)
+    from pangu_ms.ops.cross_entropy import ROWS
+    piece = ROWS * 75776 * (4 + 4 + 4 + 2 + 2) + 75776 * 2560 * 4               # of 4 rows' time, 1 is there
+    assert train_logits_bytes(FLASH, Parallel(1, 2, 1), Work("train", 4096, 1)) == piece
+    assert train_logits_bytes(FLASH, Parallel(1, 2, 1), Work("train", 4096, 1, fused=True)) == piece
 
 
 def test_what_helps_helps():

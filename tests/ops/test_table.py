@@ -59,7 +59,7 @@ def test_every_name_has_a_plain_form(built):
 
 @pytest.mark.parametrize("name, module", [
     ("expanded_attention", "ascend_attention"), ("selected_attention", "ascend_attention"),
-    ("choose", "ascend_attention"), ("many_tokens", "ascend_experts"), ("cross_entropy", "ascend"),
+    ("choose", "ascend_attention"), ("many_tokens", "ascend_experts"), ("cross_entropy", "cross_entropy"),
     ("absorbed_attention", "attention"), ("few_tokens", "experts")])
 def test_composed_operators_on_ascend(built, on_ascend, name, module):
     built(True)

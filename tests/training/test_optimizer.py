@@ -8,6 +8,7 @@ import pytest
 import pangu_ms.model  # noqa: F401  graph mode
 from pangu_ms.checkpoint.names import parameters
 from pangu_ms.config import PanguConfig
+from pangu_ms.model.parallel import Parallel
 from pangu_ms.training.optimizer import NS_COEFFICIENTS, PanguMuon, matrix_rows
 from pangu_ms.training.updates import AdamW, orthogonalise
 
@@ -232,6 +233,17 @@ def test_half_precision_keeps_masters(tiny):
         assert (master.asnumpy() != rounded.values[-1][name]).mean() > 0.5, name
         assert all(state.dtype == ms.float32 for key, state in rounded.states.items() if key.endswith(name)
                    and key != name)
+
+
+def test_equal_parameters_are_stacked_up_to_a_size(tiny, monkeypatch):
+    """As many as fit, and at least one; ranks that divide them stack as many for each."""
+    weights = [ms.Parameter(ms.ops.zeros((3, 4)), f"model.layers.{i}.self_attn.o_proj.weight") for i in range(5)]
+    for values, ranks, wanted in ((10 ** 9, 1, [5]), (25, 1, [2, 2, 1]), (1, 1, [1] * 5), (30, 2, [2, 2, 1])):
+        monkeypatch.setattr("pangu_ms.training.optimizer.STACKED", values)
+        monkeypatch.setattr(Parallel, "all_rows", lambda self, dimension: ms.nn.Identity())      # there is one process
+        optimizer = PanguMuon(weights, tiny, parallel=Parallel(data=ranks), divide_states=True)
+        assert [len(group.params) for group in optimizer.groups] == wanted
+        assert optimizer.ranges == [(sum(wanted[:i]), sum(wanted[:i + 1])) for i in range(len(wanted))]
 
 
 def test_without_muon_everything_is_adamw(tiny):
