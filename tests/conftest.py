@@ -85,13 +85,18 @@ def refused_graph(tmp_path, monkeypatch):
     return compiled
 
 
-# Files that take longest. Given out first, they do not leave one of two processes alone at the end.
-LONGEST = ("parallel/test_parallel.py", "training/test_run.py", "generation/test_speculative.py",
-           "generation/test_fixed_shapes.py", "model/test_step.py", "test_bench.py", "model/test_ascend.py")
+# Groups of files, each for one of the processes that share the tests. The longest come first, so that they do not leave
+# one process alone at the end; files with steps of the same models are together, since compiling is what takes time.
+GROUPS = (("parallel/test_parallel.py",), ("training/test_run.py",),
+          ("generation/test_speculative.py", "generation/test_fixed_shapes.py", "generation/test_continuation.py",
+           "generation/test_stream.py", "model/test_step.py"),
+          ("test_bench.py",), ("model/test_ascend.py",))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     def place(item):
-        path = str(item.path)
-        return next((n for n, name in enumerate(LONGEST) if path.endswith(name)), len(LONGEST))
+        return next((n for n, names in enumerate(GROUPS) if str(item.path).endswith(names)), len(GROUPS))
     items.sort(key=place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(str(place(item)) if place(item) < len(GROUPS) else str(item.path)))

@@ -222,16 +222,18 @@ def state_ranks(p: Parameter, parallel: Parallel, work: Work) -> int:
 def state_shares(config: PanguConfig, parallel: Parallel, work: Work) -> dict[str, float]:
     """Name -> how much of a parameter's optimizer states the busiest device keeps, of what it holds of the parameter.
 
-    Ranks that divide them take whole ones of equal matrices, and of all else equally many values, as
+    Ranks that divide them take equally many of equal matrices, and of all else equally many values, as
     `training.divided` does.
     """
     shares, groups = {}, defaultdict(list)
     for p in held(config):
         ranks, rows = state_ranks(p, parallel, work), muon_rows(p, config)
         if rows is None:
-            shares[p.name] = -(-local_count(p, parallel) // ranks) / local_count(p, parallel)
+            shares[p.name] = 1 / ranks
         else:
-            groups[ranks, p.shape, rows, divided_axis(p)].append(p.name)
-    for (ranks, *_), names in groups.items():
-        shares |= dict.fromkeys(names, -(-len(names) // ranks) / len(names))
+            matrices = local_shape(p, parallel)[0]
+            groups[ranks, matrices, p.shape, rows, divided_axis(p)].append(p.name)
+    for (ranks, matrices, *_), names in groups.items():
+        count = len(names) * matrices
+        shares |= dict.fromkeys(names, -(-count // ranks) / count)
     return shares

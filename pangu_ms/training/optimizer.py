@@ -14,7 +14,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from pangu_ms.model.parallel import Parallel
-from pangu_ms.training.divided import DividedAdamW, DividedMuon
+from pangu_ms.training.divided import Divided
 from pangu_ms.training.parallel import Matrices, divided_axes, expert_names
 from pangu_ms.training.updates import AdamW, Muon
 
@@ -72,7 +72,7 @@ class PanguMuon(nn.Optimizer):
             matrices = rows and (parameter.shape, rows, axes.get(parameter.name))               # None: AdamW
             alike = "data" if parameter.name in experts else "batch"            # the ranks that hold it
             ranks = parallel.size(alike) if divide_states else 1
-            kind = matrices, (alike, parameter.dtype) if ranks > 1 else None
+            kind = matrices, (alike, parameter.dtype, _decayed(parameter)) if ranks > 1 else None
             at_once = max(1, STACKED // (ranks * parameter.size)) * ranks if matrices else len(params)
             groups.setdefault((*kind, counts[kind] // at_once), []).append(parameter)
             counts[kind] += 1
@@ -81,28 +81,23 @@ class PanguMuon(nn.Optimizer):
         self.powers = ms.ParameterTuple([ms.Parameter(ms.Tensor(1.0, ms.float32), f"adam_beta{i}_power", False)
                                          for i in (1, 2)])
         coefficients = tuple(tuple(step) for step in ns_coefficients)
-
-        def make_adamw(decays, members):
-            return AdamW(members, decays, self.betas, adamw_eps)
-
-        def make_muon(rows, axis, members):
-            return Muon(members, rows, weight_decay, momentum, coefficients, Matrices(parallel, axis) if axis else None)
-
         cells = []
         for (matrices, divided, _), members in groups.items():
-            if matrices is None:
-                make = functools.partial(make_adamw, tuple(weight_decay if _decayed(p) else 0.0 for p in members))
+            if matrices:
+                _, rows, axis = matrices
+                make = functools.partial(Muon, rows=rows, decay=weight_decay, momentum=momentum,
+                                         coefficients=coefficients, matrices=Matrices(parallel, axis) if axis else None)
             else:
-                make = functools.partial(make_muon, *matrices[1:])
-            if divided:
-                cells.append((DividedMuon if matrices else DividedAdamW)(members, make, parallel, divided[0]))
-            else:
-                cells.append(make(members))
+                decays = tuple(weight_decay if _decayed(p) else 0.0 for p in members)
+                make = functools.partial(AdamW, decays=decays[:1] if divided else decays, betas=self.betas,
+                                         eps=adamw_eps)
+            row = members[0].shape[-2:] if matrices else ()
+            cells.append(Divided(members, row, make, parallel, divided[0]) if divided else make(members))
         self.groups = nn.CellList(cells, auto_prefix=False)
-        self.divided = [cell for cell in cells if isinstance(cell, (DividedMuon, DividedAdamW))]
+        self.divided = [cell for cell in cells if isinstance(cell, Divided)]
         parts = {parameter.name for cell in self.divided for parameter in cell.get_parameters()}
         self.parts = parts - {parameter.name for parameter in params}           # names of what holds divided states
-        self.divided_names = {name for cell in self.divided for name in cell.state_names()}
+        self.divided_names = {f"{kind}.{p.name}" for cell in self.divided for kind in cell.kinds() for p in cell.params}
         sizes = [len(members) for members in groups.values()]
         self.ranges = [(sum(sizes[:i]), sum(sizes[:i + 1])) for i in range(len(sizes))]
 
@@ -119,7 +114,7 @@ class PanguMuon(nn.Optimizer):
         """Name -> float32 array of the divided states, whole; on all ranks at once."""
         found = {}
         for cell in self.divided:
-            found |= cell.states()
+            found |= cell.whole_states()
         return found
 
     def set_divided_states(self, arrays):

@@ -96,8 +96,9 @@ def test_newton_schulz_by_hand(monkeypatch):
     monkeypatch.setattr(flops, "held", lambda config: [p for p in held(config) if "layers.2.mlp.experts" in p.name])
     step = 4 * 1024 ** 2 * 2560 + 2 * 1024 ** 3
     assert optimizer_flops(FLASH, Parallel(1, 1, 128), Work("train", 1, 128)) == 2 * 3 * 5 * step
-    # One rank has gate and the other up, which are equal; one has down.
-    assert optimizer_flops(FLASH, Parallel(2, 1, 128), Work("train", 1, 256, shard_optimizer=True)) == 2 * 2 * 5 * step
+    assert optimizer_flops(FLASH, Parallel(2, 1, 128), Work("train", 1, 256, shard_optimizer=True)) == 3 * 5 * step
+    # Of three ranks one has two of the four matrices of gate and up, and one of down's.
+    assert optimizer_flops(FLASH, Parallel(3, 1, 128), Work("train", 1, 384, shard_optimizer=True)) == 3 * 5 * step
     assert optimizer_flops(FLASH, Parallel(1, 4, 128), Work("train", 1, 128)) == 2 * 3 * 5 * step / 4
 
 

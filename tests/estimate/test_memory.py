@@ -84,7 +84,7 @@ def test_divided_states_are_those_of_the_optimizer(golden_config, monkeypatch, r
     for rank in range(ranks):
         optimizer = PanguMuon(params, golden_config, muon=muon, parallel=Place(data=ranks, rank=rank), divide_states=True)
         found = sum(p.nbytes for p in optimizer.get_parameters() if p.name in optimizer.parts)
-        assert found == round(sum(wanted.values()))
+        assert found == pytest.approx(sum(wanted.values()), rel=1e-4)           # each kind is filled up to equal parts
 
 
 def test_muon_sees_what_the_optimizer_sees(golden_config):

@@ -1,19 +1,22 @@
-"""Steps whose every shape is known, as an accelerator wants them: the same logits, text and drafts, compiled once."""
+"""Steps whose every shape is known, as an accelerator wants them: the same logits, text and drafts, compiled once.
+
+With one length of chunks for all tests of tiny, its graphs are compiled once for them all.
+"""
 import numpy as np
 import pytest
 from mindspore.common.api import _cell_graph_executor
 from mindspore.train.mind_ir_pb2 import ModelProto
 
-from pangu_ms import PanguForCausalLM
 from pangu_ms.generation import engine as engines
 from pangu_ms.generation.continuation import Continuation
 from pangu_ms.generation.engine import Engine
 from pangu_ms.generation.stream import generate, stream_generate
-from pangu_ms.model.step import Step
+from pangu_ms.model.step import Draft, Step
 
 TOLERANCE = 2e-5
 PROMPTS = [[9], [5, 6, 7, 8], list(range(20, 50))]
 NEW_TOKENS = 20  # tiny: windows of 7, index_topk 8
+CHUNK = 4
 
 
 @pytest.fixture
@@ -23,20 +26,22 @@ def fixed(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, chunk", [("tiny", 3), ("odd", 64)])
-def test_logits_of_every_length(model, golden, fixed, name, chunk):
-    """Prefills that end inside a chunk, on its edge and one row into the next, and decoding behind each."""
+@pytest.mark.parametrize("name, chunk, drafts", [("tiny", CHUNK, 3), ("odd", 64, 0)])
+def test_logits_of_every_length(model, golden, fixed, name, chunk, drafts):
+    """Prefills that end inside a chunk, on its edge and one row into the next, and steps behind each."""
     wanted = golden(name, "T64")
     ids, logits = wanted["ids"], wanted["logits"]
     fixed()
     for pieces in ([1, 1, chunk], [chunk - 1, 2 * chunk + 1], [17, 4]):
-        engine, end = Engine(model(name), expected=100), 0
+        engine, end = Engine(model(name), num_draft_tokens=drafts, expected=100), 0
         for piece in pieces:
             found = engine.prefill(ids[:, end:end + piece], chunk)
             end = int(engine.cache.length[0])
             close(found[0], logits[0, end - 1], logits)
-        for position in range(end, min(end + 9, 64)):
-            close(engine.decode(ids[:, position:position + 1])[0], logits[0, position], logits)
+        for position in range(end, min(end + 9, 64), 1 + drafts):
+            step = slice(position, position + 1 + drafts)
+            close(engine.verify(ids[:, step])[0], logits[0, step], logits)
+            engine.cache.length = engine.cache.length + 1 + drafts
 
 
 def close(found, wanted, all_of_them):
@@ -52,7 +57,7 @@ def test_the_same_text_and_drafts(model, fixed, monkeypatch):
         made.append(found[0].tolist())
         return found
     monkeypatch.setattr(Engine, "draft", recorded)
-    options = dict(num_draft_tokens=3, eos_token_ids=(), prefill_chunk=6)
+    options = dict(num_draft_tokens=3, eos_token_ids=(), prefill_chunk=CHUNK)
     wanted = [generate(model("tiny"), prompt, NEW_TOKENS, **options) for prompt in PROMPTS]
     drafts_wanted = made[:]
     made.clear()
@@ -63,7 +68,7 @@ def test_the_same_text_and_drafts(model, fixed, monkeypatch):
 
 @pytest.mark.slow
 def test_a_conversation_goes_on(model, fixed):
-    prompt, options = list(range(20, 60)), dict(num_draft_tokens=3, eos_token_ids=(), prefill_chunk=16)
+    prompt, options = list(range(20, 60)), dict(num_draft_tokens=3, eos_token_ids=(), prefill_chunk=CHUNK)
 
     def turns(continuation):
         first = [piece.token_id for piece in stream_generate(model("tiny"), prompt, 9, continuation=continuation,
@@ -76,15 +81,16 @@ def test_a_conversation_goes_on(model, fixed):
 
 
 @pytest.mark.slow
-def test_one_compilation_for_each_length_and_sparse(data, fixed):
+def test_one_compilation_for_each_length_and_sparse(model, fixed):
     """Of prompts of many lengths: prefill and verifying, each before and after index_topk, and drafting."""
     fixed()
-    fresh = PanguForCausalLM.from_pretrained(data / "tiny")
     for length in (1, 2, 5, 9, 17, 27):
-        generate(fresh, list(range(20, 20 + length)), 28 - length, num_draft_tokens=3, eos_token_ids=(),
-                 prefill_chunk=4)
-    assert {len(step.compile_cache) for step in fresh._functions.values()} == {1}
-    assert sorted(cell.__name__ for cell, _ in fresh._functions) == ["Draft"] + ["Step"] * 4
+        generate(model("tiny"), list(range(20, 20 + length)), 28 - length, num_draft_tokens=3, eos_token_ids=(),
+                 prefill_chunk=CHUNK)
+    functions = {key: step for key, step in model("tiny")._functions.items()
+                 if key == (Draft, (1, 3)) or key[0] is Step and key[1][0] == 1 and key[1][-1] is not None}
+    assert {len(step.compile_cache) for step in functions.values()} == {1}
+    assert sorted(cell.__name__ for cell, _ in functions) == ["Draft"] + ["Step"] * 4
 
 
 @pytest.mark.parametrize("fix", [True, False])
@@ -92,9 +98,9 @@ def test_every_shape_of_the_compiled_graph_is_known(model, golden, fixed, fix):
     if fix:
         fixed()
     wanted = golden("tiny", "T64")
-    found = Engine(model("tiny"), num_draft_tokens=3).prefill(wanted["ids"][:, :3], 4)
+    found = Engine(model("tiny"), num_draft_tokens=3).prefill(wanted["ids"][:, :3], CHUNK)
     close(found[0], wanted["logits"][0, 2], wanted["logits"])
-    step = model("tiny").function(Step, 1, None, False, True, (4, 8) if fix else None)
+    step = model("tiny").function(Step, 1, None, False, True, (CHUNK, 8) if fix else None)
     phase, = step.compile_cache
     graph = ModelProto.FromString(_cell_graph_executor._get_func_graph_proto(step, phase, "mind_ir"))
     shapes = list(tensor_shapes(graph))

@@ -56,6 +56,6 @@ def test_float16(small, golden):
     ids, half = golden("tiny", "T24")["ids"], PanguForCausalLM(small(compute_dtype="float16", initializer_range=0.1))
     initialize(half, 0)
     logits, engine = half(ids).asnumpy(), Engine(half, capacity=32)
-    found = [engine.prefill(ids[:, :5]), engine.prefill(ids[:, 5:20]), engine.decode(ids[:, 20:21])]
-    for position, row in zip((4, 19, 20), found):
+    found = [engine.prefill(ids[:, :20]), engine.decode(ids[:, 20:21])]
+    for position, row in zip((19, 20), found):
         assert np.abs(row - logits[:, position]).max() <= 0.02 * np.abs(logits).max()
