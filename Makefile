@@ -7,7 +7,7 @@ demo: $(installed)
 	.venv/bin/python examples/06_toy_demo.py
 
 test: $(installed)
-	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Each candidate is run, not only looked up: a version manager's stub can be on the path and still not start.
 $(installed): setup.py $(wildcard pangu_ms/ops/cpu/*)

@@ -85,18 +85,28 @@ def refused_graph(tmp_path, monkeypatch):
     return compiled
 
 
-# Groups of files, each for one of the processes that share the tests. The longest come first, so that they do not leave
-# one process alone at the end; files with steps of the same models are together, since compiling is what takes time.
-GROUPS = (("parallel/test_parallel.py",), ("training/test_run.py",),
-          ("generation/test_speculative.py", "generation/test_fixed_shapes.py", "generation/test_continuation.py",
-           "generation/test_stream.py", "model/test_step.py"),
-          ("test_bench.py",), ("model/test_ascend.py",))
+# Files that one of the processes that share the tests takes together: they have steps of the same models, and compiling
+# those is what takes time. The longest come first, so that they do not leave one process alone at the end.
+TOGETHER = (("parallel/test_parallel.py",), ("training/test_run.py",),
+            ("generation/test_speculative.py", "generation/test_fixed_shapes.py", "generation/test_continuation.py",
+             "generation/test_stream.py", "model/test_step.py"),
+            ("test_bench.py",), ("model/test_ascend.py",))
 
 
-@pytest.hookimpl(tryfirst=True)
+def place(path):
+    return next((n for n, names in enumerate(TOGETHER) if path.endswith(names)), len(TOGETHER))
+
+
 def pytest_collection_modifyitems(items):
-    def place(item):
-        return next((n for n, names in enumerate(GROUPS) if str(item.path).endswith(names)), len(GROUPS))
-    items.sort(key=place)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(str(place(item)) if place(item) < len(GROUPS) else str(item.path)))
+    items.sort(key=lambda item: place(str(item.path)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.partition("::")[0]
+            return path if place(path) == len(TOGETHER) else str(place(path))
+    return Together(config, log)

@@ -128,6 +128,13 @@ class Parallel:
         """x [B, ...] of each rank of a dimension -> [ranks * B, ...] on all of them, in their order. No gradient."""
         return _all_of(*self._members(dimension))
 
+    def whole(self, dimension, array):
+        """What `all_rows` gives of a float32 array, outside a graph; of any device, and with nothing to compile."""
+        found = np.zeros((self.size(dimension), *array.shape), np.float32)
+        found[self.index(dimension)] = array
+        summed = ops.AllReduce(group=self.group(dimension))(ms.Tensor(found)).asnumpy()
+        return summed.reshape(-1, *array.shape[1:])
+
     def exchange(self, split, concatenate):
         """x, of which each tensor parallel rank has a part along the axis `concatenate` -> x whole along that axis, of
         which each has its part along `split`. No gradient."""

@@ -4,6 +4,7 @@ Each rank keeps the states of a part of them, float32 master copies included, an
 parts. As their gradients are equal, the result is that of undivided states. All ranks have the same graph but for the
 number at which their part begins: where graphs differ, MindSpore may start collectives in different orders.
 """
+import functools
 import math
 
 import mindspore as ms
@@ -37,7 +38,8 @@ class Divided(nn.Cell):
         part = ms.Parameter(ops.zeros((self.count, *row), ms.float32), f"part.{params[0].name}", requires_grad=False)
         self.update = make([part])
         self.states = {parameter.name.partition(".")[0]: parameter for parameter in self.update.get_parameters()}
-        self.all_rows, self.each = parallel.all_rows(dimension), ops.Map()
+        self.all_rows, self.whole = parallel.all_rows(dimension), functools.partial(parallel.whole, dimension)
+        self.each = ops.Map()
         self.set_states({})
 
     def construct(self, gradients, rate, powers):
@@ -56,7 +58,7 @@ class Divided(nn.Cell):
         """"kind.NAME" -> float32 array, as the states of undivided parameters are called; on all ranks at once."""
         found = {}
         for kind in self.kinds():
-            rows = self.all_rows(self.states["part" if kind == "master" else kind].value()).asnumpy()
+            rows = self.whole(self.states["part" if kind == "master" else kind].asnumpy())
             found |= {f"{kind}.{parameter.name}": rows[start:start + size].reshape(parameter.shape)
                       for parameter, start, size in zip(self.params, self.starts, self.sizes)}
         return found

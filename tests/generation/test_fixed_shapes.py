@@ -1,6 +1,6 @@
 """Steps whose every shape is known, as an accelerator wants them: the same logits, text and drafts, compiled once.
 
-With one length of chunks for all tests of tiny, its graphs are compiled once for them all.
+With one length of chunks for all tests of tiny, and caches of 128 rows, its graphs are compiled once for them all.
 """
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from pangu_ms.model.step import Draft, Step
 
 TOLERANCE = 2e-5
 PROMPTS = [[9], [5, 6, 7, 8], list(range(20, 50))]
-NEW_TOKENS = 20  # tiny: windows of 7, index_topk 8
+NEW_TOKENS = 66  # tiny: windows of 7, index_topk 8
 CHUNK = 4
 
 
@@ -71,9 +71,9 @@ def test_a_conversation_goes_on(model, fixed):
     prompt, options = list(range(20, 60)), dict(num_draft_tokens=3, eos_token_ids=(), prefill_chunk=CHUNK)
 
     def turns(continuation):
-        first = [piece.token_id for piece in stream_generate(model("tiny"), prompt, 9, continuation=continuation,
+        first = [piece.token_id for piece in stream_generate(model("tiny"), prompt, 26, continuation=continuation,
                                                              **options)]
-        return first, [piece.token_id for piece in stream_generate(model("tiny"), prompt + first + [7, 8, 9] * 8, 9,
+        return first, [piece.token_id for piece in stream_generate(model("tiny"), prompt + first + [7, 8, 9] * 4, 20,
                                                                    continuation=continuation, **options)]
     wanted = turns(None)
     fixed()
@@ -85,7 +85,7 @@ def test_one_compilation_for_each_length_and_sparse(model, fixed):
     """Of prompts of many lengths: prefill and verifying, each before and after index_topk, and drafting."""
     fixed()
     for length in (1, 2, 5, 9, 17, 27):
-        generate(model("tiny"), list(range(20, 20 + length)), 28 - length, num_draft_tokens=3, eos_token_ids=(),
+        generate(model("tiny"), list(range(20, 20 + length)), 70 - length, num_draft_tokens=3, eos_token_ids=(),
                  prefill_chunk=CHUNK)
     functions = {key: step for key, step in model("tiny")._functions.items()
                  if key == (Draft, (1, 3)) or key[0] is Step and key[1][0] == 1 and key[1][-1] is not None}

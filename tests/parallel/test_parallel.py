@@ -115,7 +115,7 @@ def test_a_killed_rank_ends_the_others(msrun, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_prints_once(checkpoint, msrun):
-    arguments = ["--model", checkpoint, "--token-ids", "5,6,7", "--max-new-tokens", "4", "--json"]
+    arguments = ["--model", checkpoint, "--token-ids", "5,6,7", "--max-new-tokens", "1", "--json"]
     code, printed, logs = msrun(2, WORKER.parents[2] / "tools" / "generate.py", *arguments, "--tensor-parallel", "2")
     assert code == 0, printed[-3000:]
     assert [(logs / f"worker_{rank}.log").read_text().count('{"token_ids": [') for rank in (0, 1)] == [1, 0]
