@@ -4,7 +4,7 @@ from mindspore import nn, ops
 
 from pangu_ms.errors import ConfigError
 from pangu_ms.ops import operator
-from pangu_ms.training.losses import IndexerLoss, ahead, balance_loss, expert_load, mtp_mask, z_loss
+from pangu_ms.training.losses import IndexerLoss, ahead, balance_loss, expert_load, mtp_mask, real_rows, z_loss
 from pangu_ms.training.parallel import SharedCrossEntropy
 
 
@@ -15,6 +15,8 @@ class TrainingForward(nn.Cell):
     predicts labels[p], the token behind it, and counts where loss_mask is one. Several documents may lie in a row:
     position_ids begin at 0 with each, and attention, convolutions and MTP labels stay inside. -> the total, a scalar;
     its parts [P], named by `part_names`, without their weights; load [M, E], tokens by MoE layer and expert.
+
+    Padding, documents of which no row counts, is in no loss and in no load.
 
     Where several ranks have sequences of their own, their totals and parts are to be averaged, and give what all the
     sequences would together.
@@ -66,6 +68,8 @@ class TrainingForward(nn.Cell):
         routings = ()
         for i in self.moe_layers:
             routings = routings + (layers[i][-1],)
+        real = real_rows(loss_mask, position_ids)
+        weight = real * self._share(real)
         parts = ()
         if not self.warm_up:
             parts = parts + (self._cross_entropy(self.causal_lm.model.norm(merged), labels, loss_mask),)
@@ -79,13 +83,13 @@ class TrainingForward(nn.Cell):
         if self.indexed:
             total = 0.0
             for i, layer in enumerate(self.dsa_layers):
-                total = total + self.indexer_losses[i](layers[layer][2], rows)
+                total = total + self.indexer_losses[i](layers[layer][2], rows, weight)
             parts = parts + (total / len(self.dsa_layers),)
         loads, balance, z = (), 0.0, 0.0
         for ids, _, logits in routings:
-            load = expert_load(ids, self.experts)
+            load = expert_load(ids, self.experts, real)
             loads = loads + (ops.sum(load, 0),)
-            balance, z = balance + balance_loss(load, logits), z + z_loss(logits)
+            balance, z = balance + balance_loss(load, logits, real), z + z_loss(logits, weight)
         if self.balanced:
             parts = parts + (balance / len(routings),)
         if self.z:
@@ -96,6 +100,9 @@ class TrainingForward(nn.Cell):
 
     def _cross_entropy(self, normed, labels, mask):
         """The mean over the rows of all ranks where mask is one, 0 if it never is; `ranks` times the own share."""
-        loss = self.cross_entropy(normed, self.causal_lm.lm_head.weight, labels, mask)
+        return ops.sum(self.cross_entropy(normed, self.causal_lm.lm_head.weight, labels, mask)) * self._share(mask)
+
+    def _share(self, mask):
+        """Of a row in the mean over the rows of all ranks where mask is one; `ranks` times that."""
         counted = self.sum(ops.reshape(ops.sum(mask), (1,)))[0]                 # a scalar is no message
-        return ops.sum(loss) * self.ranks / ops.maximum(counted, 1.0)
+        return self.ranks / ops.maximum(counted, 1.0)

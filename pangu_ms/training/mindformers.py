@@ -134,6 +134,7 @@ class PanguJsonlLoader:
         source = _Epochs(read(path, tokenizer), seq_length, seed, epochs)
         if num_shards is not None:
             num_shards, shard_id = num_shards // tensor_parallel, shard_id // tensor_parallel
+            source.length -= source.length % num_shards                         # or some sequences would come again
         return GeneratorDataset(source, COLUMNS, shuffle=False, num_parallel_workers=1, python_multiprocessing=False,
                                 num_shards=num_shards, shard_id=shard_id)
 

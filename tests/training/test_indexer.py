@@ -2,7 +2,7 @@
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import nn
+from mindspore import nn, ops
 
 from pangu_ms import PanguForCausalLM
 from pangu_ms.training import losses
@@ -27,7 +27,8 @@ class Losses(nn.Cell):
     def construct(self, x, position):
         rows = self.rows(position, None, False, True)
         _, index = self.attention(x, rows, None)
-        dense, sparse = self.dense(index, rows), self.sparse(index, rows)
+        weight = ops.ones(position.shape, ms.float32) / position.size
+        dense, sparse = self.dense(index, rows, weight), self.sparse(index, rows, weight)
         return dense + sparse, dense, sparse, index[3:]
 
 

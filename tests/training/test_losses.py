@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import pangu_ms.model  # noqa: F401  graph mode
-from pangu_ms.training.losses import ahead, balance_loss, expert_load, mtp_mask, z_loss
+from pangu_ms.training.losses import ahead, balance_loss, expert_load, mtp_mask, real_rows, z_loss
 
 
 def test_ahead_looks_into_the_row_and_no_further():
@@ -31,9 +31,21 @@ def test_mtp_mask(position, labelled, depth, wanted):
     assert found.asnumpy().tolist() == [wanted]
 
 
+@pytest.mark.parametrize("position, labelled, wanted", [
+    (POSITION, LABELLED, [1, 1, 1, 1, 0, 1, 1, 0]),     # a document of one token predicts nothing
+    ([0, 1, 2, 3], [0, 0, 1, 0], [1, 1, 1, 1]),         # a user's turn belongs to its chat
+    ([0, 1, 0, 1], [1, 1, 0, 0], [1, 1, 0, 0]),
+    ([0, 0, 0], [0, 0, 0], [0, 0, 0]),
+])
+def test_real_rows(position, labelled, wanted):
+    found = real_rows(ms.Tensor([labelled], ms.float32), ms.Tensor([position], ms.int32))
+    assert found.asnumpy().tolist() == [wanted]
+
+
 def test_expert_load_counts_tokens_by_sequence():
     ids = ms.Tensor([[[0, 3], [3, 1], [3, 0]], [[2, 1], [1, 2], [0, 1]]], ms.int32)
-    assert expert_load(ids, 5).asnumpy().tolist() == [[2, 1, 0, 3, 0], [1, 3, 2, 0, 0]]
+    assert expert_load(ids, 5, ms.ops.ones((2, 3))).asnumpy().tolist() == [[2, 1, 0, 3, 0], [1, 3, 2, 0, 0]]
+    assert expert_load(ids, 5, ms.Tensor([[1.0, 0, 1], [0, 0, 0]])).asnumpy().tolist() == [[2, 0, 0, 2, 0], [0] * 5]
 
 
 def routed(logits, k):
@@ -41,8 +53,10 @@ def routed(logits, k):
     return ms.Tensor(np.argsort(-logits, -1)[..., :k].astype(np.int32))
 
 
-def balance(logits, k):
-    return balance_loss(expert_load(routed(logits, k), logits.shape[-1]), ms.Tensor(logits, ms.float32)).asnumpy()
+def balance(logits, k, real=None):
+    real = ms.Tensor(np.ones(logits.shape[:2]) if real is None else real, ms.float32)
+    return balance_loss(expert_load(routed(logits, k), logits.shape[-1], real), ms.Tensor(logits, ms.float32),
+                        real).asnumpy()
 
 
 def test_even_routing_has_a_balance_loss_of_one():
@@ -64,12 +78,22 @@ def test_balance_loss_is_a_mean_over_sequences():
     assert balance(draw, 2) == pytest.approx((one + other) / 2, rel=1e-5) and abs(one - other) > 1e-3
 
 
+def test_padding_has_no_part_in_the_balance_loss():
+    draw = np.random.default_rng(0).normal(size=(2, 20, 6))
+    real = np.ones((2, 20))
+    real[0, 15:] = 0
+    assert balance(draw, 2, real) == pytest.approx((balance(draw[:1, :15], 2) + balance(draw[1:], 2)) / 2, rel=1e-5)
+    real[1] = 0
+    assert balance(draw, 2, real) == pytest.approx(balance(draw[:1, :15], 2) / 2, rel=1e-5)
+
+
 def test_gradient_of_the_balance_loss():
     """Against differences in float64, with the counts held fast: they are no part of it."""
     draw = np.random.default_rng(0)
     logits = draw.normal(size=(2, 7, 5)) + np.array([2, 1, 0, 0, 0])
-    load = expert_load(routed(logits, 2), 5)
-    found = ms.grad(balance_loss, 1)(load, ms.Tensor(logits, ms.float32)).asnumpy()
+    real = ms.ops.ones((2, 7))
+    load = expert_load(routed(logits, 2), 5, real)
+    found = ms.grad(balance_loss, 1)(load, ms.Tensor(logits, ms.float32), real).asnumpy()
     counts = load.asnumpy().astype(np.float64)
 
     def reference(logits):
@@ -79,18 +103,18 @@ def test_gradient_of_the_balance_loss():
 
     np.testing.assert_allclose(found, differences(reference, logits), atol=1e-6)
     assert abs(found).max() > 1e-3
-    assert not ms.grad(balance_loss, 0)(load, ms.Tensor(logits, ms.float32)).asnumpy().any()
+    assert not ms.grad(balance_loss, 0)(load, ms.Tensor(logits, ms.float32), real).asnumpy().any()
 
 
 def test_z_loss():
-    logits = np.random.default_rng(0).normal(size=(2, 7, 5)) * 3
+    logits, weight = np.random.default_rng(0).normal(size=(2, 7, 5)) * 3, np.linspace(0, 0.1, 14).reshape(2, 7)
 
     def reference(logits):
-        return (np.log(np.exp(logits).sum(-1)) ** 2).mean()
+        return (np.log(np.exp(logits).sum(-1)) ** 2 * weight).sum()
 
-    tensor = ms.Tensor(logits, ms.float32)
-    assert z_loss(tensor).asnumpy() == pytest.approx(reference(logits), rel=1e-5)
-    np.testing.assert_allclose(ms.grad(z_loss)(tensor).asnumpy(), differences(reference, logits), atol=1e-5)
+    tensors = ms.Tensor(logits, ms.float32), ms.Tensor(weight, ms.float32)
+    assert z_loss(*tensors).asnumpy() == pytest.approx(reference(logits), rel=1e-5)
+    np.testing.assert_allclose(ms.grad(z_loss)(*tensors).asnumpy(), differences(reference, logits), atol=1e-5)
 
 
 def differences(function, at, step=1e-5):

@@ -139,6 +139,8 @@ def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
     own = mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", epochs=3, tensor_parallel=2, num_shards=4,
                                        shard_id=3)                              # with shard 2, of the second half
     assert [row["input_ids"][0] for row in own.create_dict_iterator(num_epochs=1, output_numpy=True)] == [1, 3, 5]
+    uneven = mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", epochs=3, num_shards=4, shard_id=1)
+    assert [row["input_ids"][0] for row in uneven.create_dict_iterator(num_epochs=1, output_numpy=True)] == [1]
     source = mindformers.source_of(loader.skip(2).batch(2))
     assert (source.documents(5), source.largest_id) == (["d5"], 90)
     with pytest.raises(PanguError, match="data_loader.documents: found 'books', wanted texts or chats"):
