@@ -1,5 +1,6 @@
 """Fixtures that every test may use."""
 import functools
+import gc
 import json
 import os
 import re
@@ -95,6 +96,11 @@ TOGETHER = (("parallel/test_parallel.py",), ("training/test_run.py",),
 
 def place(path):
     return next((n for n, names in enumerate(TOGETHER) if path.endswith(names)), len(TOGETHER))
+
+
+def pytest_collection_finish():
+    """MindSpore collects garbage before it compiles; what has been imported is none and need not be looked through."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

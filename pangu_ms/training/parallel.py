@@ -151,7 +151,7 @@ class Matrices(nn.Cell):
         return self.whole(filled(x, -(-x.shape[0] // self.ranks) * self.ranks))
 
     def back(self, made, x):
-        return ops.narrow(self.parts(made), 0, 0, x.shape[0])
+        return ops.slice(self.parts(made), (0, 0, 0), x.shape)
 
 
 def filled(x, length):
