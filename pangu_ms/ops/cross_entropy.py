@@ -21,6 +21,7 @@ def cross_entropy(small):
 
     return form
 
+
 def streamed(small):
     log_share = LogShare(small("linear"))
 

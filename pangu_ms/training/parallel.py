@@ -43,8 +43,8 @@ def find_parallel(fields):
         raise ConfigError(f"runner_wrapper.type: found {wrapper}, wanted PanguTrainStep, which knows what other "
                           "devices hold of a model")
     if context.get("enable_parallel_optimizer") and fields["optimizer"].get("type") != "PanguMuon":
-        raise ConfigError(f"optimizer.type: found {fields['optimizer'].get('type')}, wanted PanguMuon, which divides its "
-                          "states as parallel.enable_parallel_optimizer asks")
+        raise ConfigError(f"optimizer.type: found {fields['optimizer'].get('type')}, wanted PanguMuon, which divides "
+                          "its states as parallel.enable_parallel_optimizer asks")
     if loader != "PanguJsonlLoader" and tensor > 1:
         raise ConfigError(f"train_dataset.data_loader.type: found {loader}, wanted PanguJsonlLoader, which gives the "
                           "same sequences to all ranks of model_parallel")

@@ -82,7 +82,8 @@ def test_divided_states_are_those_of_the_optimizer(golden_config, monkeypatch, r
     wanted = optimizer_bytes(golden_config, Parallel(ranks, 1, 1), Work("train", 8, 6, "float32", shard_optimizer=True))
     params = [p for p in PanguForCausalLM(golden_config).trainable_params() if not p.name.endswith("correction_bias")]
     for rank in range(ranks):
-        optimizer = PanguMuon(params, golden_config, muon=muon, parallel=Place(data=ranks, rank=rank), divide_states=True)
+        place = Place(data=ranks, rank=rank)
+        optimizer = PanguMuon(params, golden_config, muon=muon, parallel=place, divide_states=True)
         found = sum(p.nbytes for p in optimizer.get_parameters() if p.name in optimizer.parts)
         assert found == pytest.approx(sum(wanted.values()), rel=1e-4)           # each kind is filled up to equal parts
 
