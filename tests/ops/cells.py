@@ -9,3 +9,12 @@ class Call(ms.nn.Cell):
 
     def construct(self, *arguments):
         return self.function(*arguments, *self.constants)
+
+
+def op_by_op(function, *arguments):
+    """function(*arguments) without a graph: nothing to compile."""
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        return function(*arguments)
+    finally:
+        ms.set_context(mode=ms.GRAPH_MODE)
