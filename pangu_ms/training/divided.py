@@ -55,7 +55,7 @@ class Divided(nn.Cell):
         return [kind for kind in self.states if kind != "part"] + ["master"] * (not self.exact)
 
     def whole_states(self):
-        """"kind.NAME" -> float32 array, as the states of undivided parameters are called; on all ranks at once."""
+        """By name, KIND.NAME as states of undivided parameters are called: float32 arrays; on all ranks at once."""
         found = {}
         for kind in self.kinds():
             rows = self.whole(self.states["part" if kind == "master" else kind].asnumpy())
