@@ -19,7 +19,7 @@ class BuildIfPossible(build_ext):
         try:
             super().build_extension(extension)
         except Exception as error:
-            print(f"pangu_ms: compiled CPU operators left out, plain MindSpore in their place: {error}", file=sys.stderr)
+            print(f"pangu_ms: no compiled CPU operators, plain MindSpore in their place: {error}", file=sys.stderr)
 
 
 setup(
@@ -31,28 +31,28 @@ setup(
     ext_modules=[Extension("pangu_ms.ops._cpu", sorted(glob("pangu_ms/ops/cpu/*.cpp")), extra_compile_args=FLAGS,
                            depends=sorted(glob("pangu_ms/ops/cpu/*.h")), extra_link_args=["-pthread"], optional=True)],
     cmdclass={"build_ext": BuildIfPossible},
-    python_requires=">=3.10,<3.12",
+    python_requires=">=3.10,<3.13",
     install_requires=[
         "mindspore==2.9.0",
         "jinja2>=3.1",
         "mindformers==1.9.0",
+        "ml_dtypes>=0.4",
         "numpy<2",
+        "packaging>=23",
         "pyyaml>=6",
-        "safetensors>=0.4",
         "sentencepiece>=0.2",
-        "tokenizers>=0.20",
-        "transformers>=4.52",
+        "tokenizers>=0.21",
         "tqdm>=4.65",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6"],
+        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "safetensors>=0.4", "transformers>=4.52"],
         "plot": ["matplotlib>=3.7"],
     },
     entry_points={
         "console_scripts": [
             "pangu-generate = pangu_ms.generation.command:main",
-            "pangu-convert = pangu_ms.checkpoint.convert:main",
-            "pangu-train = pangu_ms.training.command:main",
+            "pangu-convert = pangu_ms.conversion.command:main",
+            "pangu-train = pangu_ms.training.run.command:main",
         ],
     },
 )

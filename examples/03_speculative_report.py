@@ -15,7 +15,7 @@ os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
 from toy_corpus import library_files
 
 from pangu_ms import PanguForCausalLM, stream_generate
-from pangu_ms.generation.text import load_tokenizer
+from pangu_ms.text.tokenizer import Tokenizer
 
 TOY = Path(__file__).parent / "toy"
 
@@ -24,8 +24,8 @@ def measure(model, prompts, new_tokens, drafts):
     """Greedy generation of every prompt -> ids, seconds of decoding, steps, drafted and accepted by depth."""
     texts, seconds, tokens, drafted, accepted = [], 0.0, 0, [0] * drafts, [0] * drafts
     for prompt in prompts:
-        *pieces, last = stream_generate(model, prompt, new_tokens, num_draft_tokens=drafts, eos_token_ids=())
-        texts.append([piece.token_id for piece in pieces] + [last.token_id])
+        *responses, last = stream_generate(model, prompt, new_tokens, num_draft_tokens=drafts, eos_token_ids=())
+        texts.append([response.token_id for response in responses] + [last.token_id])
         seconds, tokens = seconds + last.decode_seconds, tokens + last.decode_tokens
         drafted = [a + b for a, b in zip(drafted, last.drafted)]
         accepted = [a + b for a, b in zip(accepted, last.accepted)]
@@ -67,8 +67,7 @@ def main():
     arguments = parser.parse_args()
 
     model = PanguForCausalLM.from_pretrained(arguments.model)
-    prompts = read_prompts(arguments.texts, load_tokenizer(arguments.model), arguments.prompts,
-                           arguments.prompt_tokens)
+    prompts = read_prompts(arguments.texts, Tokenizer(arguments.model), arguments.prompts, arguments.prompt_tokens)
     for drafts in (0, arguments.num_draft_tokens):  # compiles, so that nothing of it is measured
         measure(model, prompts[:1], 4, drafts)
     plain, tokens, plain_seconds, _, _ = measure(model, prompts, arguments.new_tokens, 0)

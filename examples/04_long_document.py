@@ -32,7 +32,7 @@ def main():
 
     model = PanguForCausalLM.from_pretrained(arguments.model)
     config = model.config
-    reach = sum(plan.window - 1 for plan in config.layers if plan.window and not plan.mtp_depth)
+    reach = sum(layer.attention.window - 1 for layer in config.plan.trunk if layer.attention.window)
     print(f"{arguments.length} tokens, needle at {NEEDLE}; the windows reach {reach} tokens back, all layers together; "
           f"index_topk {config.index_topk}")
 

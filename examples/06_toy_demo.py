@@ -19,8 +19,8 @@ os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
 from toy_corpus import library_files, write_jsonl
 
 from pangu_ms import PanguForCausalLM, stream_generate
-from pangu_ms.generation.chat import ChatTemplate
-from pangu_ms.generation.text import load_tokenizer
+from pangu_ms.text.chat_template import ChatTemplate
+from pangu_ms.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "examples" / "toy"
@@ -40,8 +40,8 @@ def write_code(model, tokenizer, new_tokens=160, drafts=3):
         seconds, tokens, drafted, accepted = 0.0, 0, [0] * k, [0] * k
         texts[k] = []
         for prompt in prompts:
-            *pieces, last = stream_generate(model, prompt, new_tokens, num_draft_tokens=k, eos_token_ids=())
-            texts[k].append([piece.token_id for piece in pieces] + [last.token_id])
+            *responses, last = stream_generate(model, prompt, new_tokens, num_draft_tokens=k, eos_token_ids=())
+            texts[k].append([response.token_id for response in responses] + [last.token_id])
             seconds, tokens = seconds + last.decode_seconds, tokens + last.decode_tokens
             drafted = [a + b for a, b in zip(drafted, last.drafted)]
             accepted = [a + b for a, b in zip(accepted, last.accepted)]
@@ -55,11 +55,11 @@ def write_code(model, tokenizer, new_tokens=160, drafts=3):
 
 
 def answer(model, tokenizer):
-    template = ChatTemplate(TOY)
+    template = ChatTemplate(tokenizer)
     for question, thinking in QUESTIONS:
         ids = template.render([{"role": "user", "content": question}], thinking=thinking)
-        pieces = stream_generate(model, ids, 60, num_draft_tokens=3, eos_token_ids=template.stop_token_ids)
-        reply = tokenizer.decode([piece.token_id for piece in pieces])
+        responses = stream_generate(model, ids, 60, num_draft_tokens=3, eos_token_ids=template.stop_token_ids)
+        reply = tokenizer.decode([response.token_id for response in responses])
         print(f"{question}\n  {'<think>' if thinking else ''}{reply}")
     print()
 
@@ -96,7 +96,7 @@ def main():
     directory.mkdir(parents=True)
     began = time.monotonic()
 
-    model, tokenizer = PanguForCausalLM.from_pretrained(TOY), load_tokenizer(TOY)
+    model, tokenizer = PanguForCausalLM.from_pretrained(TOY), Tokenizer(TOY)
     write_code(model, tokenizer)
     answer(model, tokenizer)
 
@@ -109,7 +109,7 @@ def main():
 
     trained = max((directory / "run/checkpoints").iterdir())
     for command, source, target in (("ms2hf", trained, "hf"), ("hf2ms", "hf", "ms")):
-        run(directory, "-m", "pangu_ms.checkpoint.convert", command, source, target, "--verify")
+        run(directory, "-m", "pangu_ms.conversion.command", command, source, target, "--verify")
     run(directory, ROOT / "tools/inspect_checkpoint.py", trained, "--diff", directory / "ms")
     run(directory, ROOT / "tools/plot_loss.py", "run/log.jsonl", "--out", "loss.png")
     print(f"plot: {directory / 'loss.png'}; all of it in {time.monotonic() - began:.0f} s")

@@ -17,10 +17,11 @@ import numpy as np
 from tqdm import trange
 
 from pangu_ms import PanguForCausalLM
-from pangu_ms.training.data import read_texts
-from pangu_ms.training.forward import TrainingForward
-from pangu_ms.training.packing import PackedDataset
-from pangu_ms.training.settings import TrainingSettings
+from pangu_ms.text.tokenizer import Tokenizer
+from pangu_ms.training.data.documents import read_texts
+from pangu_ms.training.data.packing import PackedDataset
+from pangu_ms.training.objectives.pretraining import Pretraining
+from pangu_ms.training.objectives.settings import TrainingSettings
 
 TOY = Path(__file__).parent / "toy"
 
@@ -34,8 +35,9 @@ def main():
     arguments = parser.parse_args()
 
     model = PanguForCausalLM.from_pretrained(arguments.model)
-    forward = TrainingForward(model, TrainingSettings(indexer_loss="sparse"))
-    data = PackedDataset(read_texts(arguments.texts, arguments.model), arguments.sequence_length, seed=0)
+    forward = Pretraining(model, TrainingSettings(indexer_loss="sparse"))
+    documents = read_texts(arguments.texts, Tokenizer(arguments.model))
+    data = PackedDataset(documents, arguments.sequence_length, seed=0)
     losses, counts, hits = [], [], []
     for first in trange(0, len(data) // arguments.batch * arguments.batch, arguments.batch, leave=False):
         columns = [np.stack(column) for column in zip(*(data[first + i] for i in range(arguments.batch)))]

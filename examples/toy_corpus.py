@@ -17,7 +17,7 @@ import sysconfig
 import tokenize
 from pathlib import Path
 
-from pangu_ms.training.tokenizer import train_tokenizer
+from toy_tokenizer import train_tokenizer
 
 # Tests, programs that are no library, tables of data, and what is written when Python is installed.
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "ensurepip",

@@ -7,8 +7,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PanguConfig": "pangu_ms.config",
-    "PanguForCausalLM": "pangu_ms.model.causal_lm",
+    "PanguConfig": "pangu_ms.architectures.openpangu_v2",
+    "PanguForCausalLM": "pangu_ms.pretrained",
     "Sampling": "pangu_ms.generation.sampling",
     "generate": "pangu_ms.generation.stream",
     "stream_generate": "pangu_ms.generation.stream",

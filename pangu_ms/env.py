@@ -1,30 +1,35 @@
-"""What is installed, against what is wanted, and which form of each operator would be used: python -m pangu_ms.env.
+"""What is installed, against what is wanted, and which form of each formula would run: python -m pangu_ms.env.
 
 Nothing here may fail: where something is not there, that is the answer.
 """
 import json
 import os
+import pkgutil
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 
-WANTED = {"python": "3.10, 3.11", "mindspore": "2.9.0", "mindformers": "1.9.0", "numpy": "below 2"}
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+PACKAGE = "pangu_ms"
 ASCEND = Path("/usr/local/Ascend")
 # Where CANN and the driver say their version, the newest layout first; below ASCEND_HOME_PATH or /usr/local/Ascend.
 CANN_FILES = ("version.info", "cann/version.info", "{machine}-linux/ascend_toolkit_install.info",
               "cann/{machine}-linux/ascend_toolkit_install.info",
               "ascend-toolkit/latest/{machine}-linux/ascend_toolkit_install.info", "ascend-toolkit/latest/version.cfg")
 DRIVER_FILES = ("driver/version.info",)
+FORMS = {"CPU": "compiled", "Ascend": "ascend"}  # what stands in place of a formula
 
 
 def main(argv=None):
     arguments = sys.argv[1:] if argv is None else argv
     if arguments not in ([], ["--json"]):
-        print("usage: python -m pangu_ms.env [--json]\n\nVersions found and wanted, the device, the operators' forms.",
+        print("usage: python -m pangu_ms.env [--json]\n\nVersions found and wanted, the device, the formulas' forms.",
               file=sys.stdout if arguments in (["-h"], ["--help"]) else sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
     found = report()
@@ -33,28 +38,28 @@ def main(argv=None):
 
 
 def report() -> dict:
-    return {"versions": versions(), "ascend": ascend(), **operators()}
+    return {"versions": versions(), "ascend": ascend(), **formulas()}
 
 
 def versions() -> dict[str, dict]:
-    """name -> found (None when not installed), wanted, ok."""
-    found = {"python": platform.python_version()}
-    for name in list(WANTED)[1:]:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return {name: {"found": found[name], "wanted": WANTED[name], "ok": fits(name, found[name])} for name in WANTED}
+    """Python and each package that this one requires -> found (None when not installed), wanted, ok."""
+    try:
+        required = [Requirement(line) for line in metadata.requires(PACKAGE) or ()]
+        python = SpecifierSet(metadata.metadata(PACKAGE)["Requires-Python"] or "")
+    except metadata.PackageNotFoundError:  # run from its source, without an installation that says what it wants
+        return {"python": version_row(platform.python_version(), SpecifierSet())}
+    rows = {"python": version_row(platform.python_version(), python)}
+    for each in required:
+        if each.marker is None or each.marker.evaluate({"extra": ""}):
+            try:
+                rows[each.name] = version_row(metadata.version(each.name), each.specifier)
+            except metadata.PackageNotFoundError:
+                rows[each.name] = version_row(None, each.specifier)
+    return rows
 
 
-def fits(name: str, found: str | None) -> bool:
-    if found is None:
-        return False
-    if name == "python":
-        return found.rsplit(".", 1)[0] in WANTED[name].split(", ")
-    if name == "numpy":
-        return int(found.split(".")[0]) < 2
-    return found == WANTED[name]
+def version_row(found: str | None, wanted: SpecifierSet) -> dict:
+    return {"found": found, "wanted": str(wanted), "ok": found is not None and wanted.contains(found, prereleases=True)}
 
 
 def ascend() -> dict:
@@ -92,51 +97,51 @@ def npus() -> str | None:
     return match[1] if match else f"npu-smi info -l: exit code {shown.returncode}, no count"
 
 
-def operators() -> dict:
-    """The device MindSpore would use and operator -> its form in float32 and bfloat16, or why there is none."""
-    try:
-        from mindspore import context
+def formulas() -> dict:
+    """The device that MindSpore would use, and formula -> its form by dtype; or why there is none.
 
-        from pangu_ms import ops
-        from pangu_ms.ops import compiled
-        device = context.get_context("device_target")
-        forms = {name: {dtype: form(ops, compiled, name, dtype, device) for dtype in ("float32", "bfloat16")}
-                 for name in (*ops._SMALL, *ops._COMPOSED)}
-        return {"device_target": device, "compiled_library": compiled.available(), "operators": forms}
+    A form is "formula", plain MindSpore, or "compiled" or "ascend", which the device has in its place. An Ascend form
+    gives widths, and in attention dtypes, that its operator does not take to the formula.
+    """
+    try:
+        import mindspore
+
+        from pangu_ms import device
+        target = device.target()
+
+        def form(formula, dtype):
+            replaced = device.replacement(formula, getattr(mindspore, dtype)) is not formula
+            return FORMS[target] if replaced else "formula"
+        return {"device_target": target, "formulas": {
+            name: {dtype: form(formula, dtype) for dtype in ("float32", "bfloat16")}
+            for name, formula in replaceable_formulas().items()}}
     except Exception as error:  # a broken installation raises anything, and is what this command is for
-        return {"device_target": None, "compiled_library": None, "operators": {},
+        return {"device_target": None, "formulas": {},
                 "error": f"MindSpore cannot be used: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
-def form(ops, compiled, name: str, dtype: str, device: str) -> str:
-    """"compiled", "ascend" or "plain", by the rules of `pangu_ms.ops.operator`.
-
-    Ascend's attention takes 16 bits alone, and certain widths, which are not judged here: other models get the plain
-    form.
-    """
-    chosen = ops.operator(name, dtype)
-    if isinstance(chosen, compiled.ops.Custom):
-        return "compiled"
-    if chosen.__module__ == "pangu_ms.ops.ascend_attention":
-        return "ascend" if dtype != "float32" else "plain, of ascend's small ones"
-    if chosen.__module__.startswith("pangu_ms.ops.ascend"):
-        return "ascend"
-    return "plain, of ascend's small ones" if device == "Ascend" and name in ops._COMPOSED else "plain"
+def replaceable_formulas() -> dict:
+    """Name -> formula, of those that a device may compute in another form (`pangu_ms.device.replaceable`)."""
+    found = {}
+    for folder in ("model", "cache"):
+        package = import_module(f"{PACKAGE}.{folder}")
+        for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+            values = vars(import_module(module.name)).values()
+            found |= {each.__name__: each.formula for each in values if callable(each) and hasattr(each, "formula")}
+    return found
 
 
 def as_text(found: dict) -> str:
-    lines = [f"{'':<18}{'found':<16}{'wanted':<14}"]
+    lines = [f"{'':<20}{'found':<16}wanted"]
     for name, row in found["versions"].items():
         note = "" if row["ok"] else "  <- install the wanted version"
-        lines.append(f"{name:<18}{row['found'] or 'not there':<16}{row['wanted']:<14}{note}")
-    for name, value in found["ascend"].items():
-        lines.append(f"{name:<18}{value or 'not there'}")
-    lines.append(f"{'device target':<18}{found['device_target'] or 'none'}")
+        lines.append(f"{name:<20}{row['found'] or 'not there':<16}{row['wanted']}{note}")
+    lines += [f"{name:<20}{value or 'not there'}" for name, value in found["ascend"].items()]
+    lines.append(f"{'device target':<20}{found['device_target'] or 'none'}")
     if "error" in found:
         return "\n".join([*lines, found["error"]])
-    lines.append(f"{'CPU operators':<18}{'compiled' if found['compiled_library'] else 'not built, or turned off'}")
-    lines += ["", f"{'operator':<26}{'float32':<32}bfloat16"]
-    lines += [f"{name:<26}{forms['float32']:<32}{forms['bfloat16']}" for name, forms in found["operators"].items()]
+    lines += ["", f"{'formula':<24}{'float32':<12}bfloat16"]
+    lines += [f"{name:<24}{forms['float32']:<12}{forms['bfloat16']}" for name, forms in found["formulas"].items()]
     return "\n".join(lines)
 
 

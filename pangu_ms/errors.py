@@ -1,6 +1,4 @@
 """Errors that a user can mend."""
-import difflib
-from collections.abc import Collection, Iterable
 
 
 class PanguError(ValueError):
@@ -18,11 +16,3 @@ class CheckpointError(PanguError):
 def one_line(error: PanguError) -> str:
     """An error that lists several findings, one a line, on a single line."""
     return "; ".join(line.strip() for line in str(error).splitlines()).replace(":; ", ": ")
-
-
-def check_section(section: str, names: Iterable, known: Collection[str]) -> None:
-    """`ConfigError` for the first of a section's keys that is not a known one, with the nearest that is."""
-    for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1, 0)[0]
-            raise ConfigError(f"{section}.{name}: no such key; did you mean {near}?")

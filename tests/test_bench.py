@@ -1,19 +1,25 @@
-"""tools/bench.py generate: its formulas by hand, its count of kernels, and one run on a tiny checkpoint."""
+"""tools/bench.py: its formulas by hand, its count of kernels, what it refuses, and one run of each on tiny sizes."""
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench_generate import (
-    beside, count_kernels, decode_bytes, decode_kernels, draft_report, lengths, memory_bandwidth, prefill_flop,
-    step_bytes)
+import yaml
 
-from pangu_ms.checkpoint import convert
-from pangu_ms.config import PanguConfig
+import bench
+import bench_convert
+import bench_generate
+import bench_kernels
+import bench_machine
+import bench_train
+import make_model
+from bench_floors import decode_bytes, prefill_flop, step_bytes
+from bench_generate import beside, draft_report, lengths
+from bench_kernels import count_kernels
+from bench_machine import memory_bandwidth
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.yaml_file import read_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,7 +51,7 @@ def test_decode_reads_every_active_weight_and_the_head(tiny):
 
 
 def test_a_step_with_drafts_reads_the_experts_of_all_rows(tiny):
-    """3 of 8 experts a row. One draft: 2 rows verify, 2 rows draft; four with three layers: 5 rows, 7 rows, one more."""
+    """3 of 8 experts a row. One draft: 2 rows verify, 2 rows draft; four with three layers: 5 rows, 7 rows, and 1."""
     expert = 3 * 20 * 48
     mtp = EVERY_LAYER - 2 * (24 * 192 + 192 + 3 + 24) + 3 * 48 + 2 * 48 * 48 + 8 * 48 + 8 + expert
     found = step_bytes(tiny, 1)
@@ -57,10 +63,10 @@ def test_a_step_with_drafts_reads_the_experts_of_all_rows(tiny):
 
 
 def test_drafts_against_none():
-    def pieces(tokens, *seconds):
+    def responses(tokens, *seconds):
         return [SimpleNamespace(decode_tokens=tokens, decode_seconds=s, drafted=(20, 20), accepted=(15, 5))
                 for s in seconds]
-    found = draft_report(pieces(40, 2.0, 1.0), pieces(40, 4.0, 2.5), 100.0, {"verify": 15.0, "draft": 5.0})
+    found = draft_report(responses(40, 2.0, 1.0), responses(40, 4.0, 2.5), 100.0, {"verify": 15.0, "draft": 5.0})
     assert found == {"accepted": [0.75, 0.25], "tokens_per_step": 2.0, "speed_up": 2.5,
                      "tokens_per_second_without": 16.0, "floor_bytes_per_step": {"verify": 15.0, "draft": 5.0},
                      "floor_tokens_per_second": 10.0}
@@ -105,7 +111,7 @@ def test_memory_bandwidth_counts_the_matrix_once(monkeypatch):
         rows.extend(value for part in call() for value in part)
         return 0.5
 
-    monkeypatch.setattr("bench_generate.best_seconds", half_a_second)
+    monkeypatch.setattr(bench_machine, "best_seconds", half_a_second)
     assert memory_bandwidth(2, (7, 10)) == 7 * 10 * 4 / 0.5
     assert rows == [10.0] * 7
 
@@ -119,10 +125,10 @@ def test_contexts_are_positive_numbers(text):
 GRAPH = """
 # Total params: 4
 %para1_model.layers.0.w: <Ref[Tensor[Float32]], (2, 2)>
-subgraph @kernel_graph0(%para1_model.layers.0.w, %para2_memory, %para3_start, %para4_lm_head.weight) {
+subgraph @kernel_graph0(%para1_model.layers.0.w, %para2_tensors, %para3_start, %para4_lm_head.weight) {
   %0(CNode_1) = Load(%para1_model.layers.0.w, UMonad[U]) cnode_attrs: {}
       # In file /somewhere/rows.py:9, 1~2/        x = gather(y) # see %3(CNode_9) = Mul(z)
-  %1(CNode_2) = TupleGetItem(%para2_memory, I64(0)) cnode_attrs: {}
+  %1(CNode_2) = TupleGetItem(%para2_tensors, I64(0)) cnode_attrs: {}
   %2(CNode_3) = PrimFunc_Shape(%1) primitive_attrs: {}
   %3(CNode_4) = PrimFunc_LessEqual(%2, %para3_start) primitive_attrs: {}
   %4([CNode_5]) = PrimFunc_Reshape(%0, (I64(-1), I64(192))) primitive_attrs: {}
@@ -145,9 +151,12 @@ def test_kernels_are_nodes_that_are_launched():
     assert outside == Counter(LessEqual=1, MatMul=1, Cast=1)
 
 
-def bench(*options):
-    return subprocess.run([sys.executable, ROOT / "tools" / "bench.py", "generate", *map(str, options)],
-                          env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+def refused(capsys, tool, *options):
+    """The one line that it says."""
+    assert bench.main([tool, *map(str, options)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    return shown.err
 
 
 @pytest.mark.parametrize("options, words", [
@@ -157,30 +166,35 @@ def bench(*options):
     (["--prompt-tokens", "510"], "pass max_position_embeddings 512"),
     (["--num-draft-tokens", "-1"], "num_draft_tokens is -1"),
 ])
-def test_bad_options_are_one_line(data, options, words):
-    done = bench("--model", data / "tiny", "--prompt-tokens", 12, "--new-tokens", 4, *options)
-    assert done.returncode == 2 and done.stdout == ""
-    assert words in done.stderr and done.stderr.count("\n") == 1
+def test_bad_options_are_one_line(data, capsys, options, words):
+    assert words in refused(capsys, "generate", "--model", data / "tiny", "--prompt-tokens", 12, "--new-tokens", 4,
+                            *options)
 
 
 @pytest.mark.slow
-def test_generate_on_two_layers_of_tiny(data, tmp_path, monkeypatch):
-    """A dense DSA layer and a sliding one with experts. Contexts go past tiny's 512 positions, the text not past
-    index_topk, for fewer graphs."""
+def test_generate_on_two_layers(tmp_path, monkeypatch, capsys):
+    """A dense DSA layer and a sliding one with experts. Contexts go past the model's 512 positions, the text not past
+    the indexer's topk, and kernels are counted of one form, for fewer graphs: of the formulas, whose names are known.
+    """
     picture, model = tmp_path / "contexts.png", tmp_path / "model"
-    assert convert.main(["hf2ms", str(data / "tiny"), str(model), "--layers", "0-1"]) == 0
+    assert make_model.main([str(model), *(f"--set={change}" for change in (
+        "num_hidden_layers=2", "num_nextn_predict_layers=1", "dsa_layers=[0]", "swa_layers=[1,2]",
+        "sliding_window_list=null", "block_post_layernorm_idx=[1]"))]) == 0
+    monkeypatch.setattr(bench_generate, "use_cores", lambda count: None)        # the other tests need theirs
+    monkeypatch.setattr(bench_generate, "product_rate", lambda: bench_machine.product_rate(256))
+    monkeypatch.setattr(bench_generate, "memory_bandwidth", lambda threads: memory_bandwidth(threads, (4096, 2048)))
+    monkeypatch.setitem(bench_kernels.ENVIRONMENT, "PANGU_MS_COMPILED_OPS", "0")
+    monkeypatch.setattr(bench_generate, "decode_kernels",
+                        lambda model, forms, layers: bench_kernels.decode_kernels(model, forms[1:], layers))
+    capsys.readouterr()
+    assert bench.main(["generate", "--model", str(model), "--prompt-tokens", "4", "--new-tokens", "4", "--rounds", "1",
+                       "--num-draft-tokens", "2", "--contexts", "8,600", "--json", "--plot", str(picture)]) == 0
+    found = json.loads(capsys.readouterr().out)
     config = PanguConfig.from_pretrained(model)
-    weight_bytes = decode_bytes(config)
-    done = bench("--model", model, "--prompt-tokens", 4, "--new-tokens", 4, "--rounds", 1, "--threads", 1,
-                 "--num-draft-tokens", 2, "--contexts", "8,600", "--json", "--plot", picture)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
 
-    assert found["decode"]["floor_bytes_per_token"] == weight_bytes < 585_012
-    assert found["prefill"]["floor_flop"] == prefill_flop(config, 4)
     machine = found["machine"]
-    floors = {"prefill": 4 * machine["flop_per_second"] / found["prefill"]["floor_flop"],
-              "decode": machine["bytes_per_second"] / weight_bytes}
+    floors = {"prefill": 4 * machine["flop_per_second"] / prefill_flop(config, 4),
+              "decode": machine["bytes_per_second"] / decode_bytes(config)}
     for name, floor in floors.items():
         speed = found[name]["tokens_per_second"]
         assert speed["floor"] == pytest.approx(floor)
@@ -189,25 +203,88 @@ def test_generate_on_two_layers_of_tiny(data, tmp_path, monkeypatch):
 
     drafts = found["drafts"]
     assert len(drafts["accepted"]) == 2 and 1 <= drafts["tokens_per_step"] <= 3 and drafts["speed_up"] > 0
-    assert drafts["floor_tokens_per_second"] == pytest.approx(
-        machine["bytes_per_second"] / sum(drafts["floor_bytes_per_step"].values()) * drafts["tokens_per_step"])
 
-    forms = {f"{step}_{form}" for step in ("prefill", "decode") for form in ("dense", "sparse")}
-    assert found["compile_seconds"].keys() == forms
+    assert found["compile_seconds"].keys() == {f"{step}_{form}" for step in ("prefill", "decode")
+                                               for form in ("dense", "sparse")}
     assert all(seconds > 0 for seconds in found["compile_seconds"].values())
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")  # the names of the plain operators are known
-    plain = decode_kernels(str(model), "sparse", config)
-    for kernels in (plain, *found["kernels"].values()):
-        assert kernels["per_trunk_layer"] * 2 == sum(kernels["in_layers"].values()) > 0 < kernels["outside"]
-    assert found["kernels"].keys() == {"dense", "sparse"}
-    assert plain["per_trunk_layer"] > 10  # more than one product for each matrix of a layer
-    assert plain["in_layers"]["TopK"] == 2  # a router, an indexer
+    kernels = found["kernels"]["sparse"]
+    assert kernels["per_trunk_layer"] * 2 == sum(kernels["in_layers"].values()) and kernels["outside"] > 0
+    assert kernels["per_trunk_layer"] > 10                                      # a product for each matrix, and more
+    assert kernels["in_layers"]["TopK"] == 2                                    # a router, an indexer
 
     assert found["peak_memory_bytes"] > 100 * 2 ** 20
     growing, ring, tap = (32 + 20) * 4, 32 * 4, (32 + 24 + 36) * 4
-    held = 256 * growing + 4 * (7 + 24) * ring + 5 * (2 + 24) * tap + 2 * 24 * 48 * 4   # with room to roll back
-    assert found["cache_bytes"] == {"held": held, "formula": 7 * growing + 4 * 7 * ring + 5 * 2 * tap}
+    held = 256 * growing + 2 * (7 + 24) * ring + 3 * (2 + 24) * tap + 2 * 24 * 48 * 4   # with room to roll back
+    assert found["cache_bytes"] == {"held": held, "formula": 7 * growing + 2 * 7 * ring + 3 * 2 * tap}
     assert [(row["context"], row["capacity"]) for row in found["contexts"]] == [(8, 256), (600, 1024)]
     assert all(0 < row["best_seconds"] <= row["median_seconds"] for row in found["contexts"])
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "a trunk layer" in bench_generate.report(found)
+
+
+# ---------------------------------------------------------------- train
+
+@pytest.fixture
+def run_file(small, tmp_path):
+    """run_file(**sections): the path of a file like the toy's, with one DSA layer with experts and one MTP depth."""
+    fields = read_yaml(str(ROOT / "configs" / "openpangu_v2" / "pretrain_toy_cpu.yaml"))
+    fields["model"]["model_config"] = json.loads(json.dumps(small(
+        num_hidden_layers=1, first_k_dense_replace=0, swa_layers=[1], sliding_window_list=[7],
+        block_post_layernorm_idx=[0]).to_dict()))  # lists for tuples, as YAML has them
+    fields["train_dataset"]["data_loader"]["seq_length"] = 24
+    fields["runner_config"]["batch_size"] = 2
+
+    def write(**sections):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(fields | sections))
+        return tmp_path / "run.yaml"
+    return write
+
+
+def test_parts_are_differences():
+    parts = bench_train.by_part({"forward": 2.0, "gradients": 5.0, "step": 6.5})
+    assert parts == {"forward": 2.0, "backward": 3.0, "optimizer": 1.5, "step": 6.5}
+
+
+@pytest.mark.parametrize("sections, options, words", [
+    ({}, ("--steps", "0"), "--steps is 0: wanted at least 1"),
+    ({"optimizer": {"type": "AdamW"}}, (), "optimizer.type is AdamW, wanted PanguMuon"),
+    ({"optimizer": {"type": "PanguMuon", "weight_decy": 1}}, (), "optimizer.weight_decy: no such key; did you mean"),
+    ({"runner_config": {}}, (), "run.yaml: lacks runner_config.batch_size"),
+    ({"pangu_training": {"mtp_weight": 1}}, (), "pangu_training.mtp_weight: no such key"),
+])
+def test_a_wrong_file_is_one_line(run_file, capsys, sections, options, words):
+    assert words in refused(capsys, "train", "--config", run_file(**sections), *options)
+
+
+@pytest.mark.slow
+def test_train_on_a_small_model(run_file, capsys):
+    path = run_file()
+    assert bench.main(["train", "--config", str(path), "--steps", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["batch_size"], found["sequence_length"], found["steps"]) == (2, 24, 3)
+    assert found["parameters"] == PanguConfig.from_dict(
+        read_yaml(str(path))["model"]["model_config"]).parameter_count()["trunk_and_mtp"]
+    assert all(seconds > 0.1 for seconds in found["compile_seconds"].values()) and len(found["compile_seconds"]) == 3
+    seconds = found["seconds"]
+    assert 0 < seconds["forward"] < seconds["step"]
+    assert found["tokens_per_second"]["best"] == pytest.approx(2 * 24 / seconds["step"])
+    assert found["tokens_per_second"]["best"] >= found["tokens_per_second"]["median"]
+    assert found["experts"]["moe_layers"] == 2 and 0 < found["experts"]["share"] < 1
+    assert found["peak_memory_bytes"] > 100 * 2 ** 20
+    assert "2 times 24 tokens, 3 steps" in bench_train.report(found)
+
+
+# ---------------------------------------------------------------- convert
+
+@pytest.mark.slow
+def test_convert_there_and_back(tmp_path, monkeypatch, capsys):
+    tiny = make_model.make_config("tiny", ["dtype=bfloat16"])
+    monkeypatch.setattr(bench_convert, "narrow_config", lambda layers: tiny)
+    assert bench.main(["convert", "--gigabytes", "1e-4", "--rounds", "1", "--directory", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(took > 0 for step in found["seconds"].values() for (took,) in step.values())
+    assert "hf2ms" in bench_convert.report(found) and not any(tmp_path.iterdir())
+
+
+def test_convert_without_a_disk_is_one_line(tmp_path, capsys):
+    assert "nowhere" in refused(capsys, "convert", "--directory", tmp_path / "nowhere")

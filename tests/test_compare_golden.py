@@ -4,6 +4,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+
 from compare_golden import main
 
 
@@ -22,9 +23,9 @@ def trace(golden, monkeypatch):
         assert ids.dtype == np.int32 and np.array_equal(ids, golden["ids"])
         return results
 
-    causal_lm = ModuleType("pangu_ms.model.causal_lm")
-    causal_lm.PanguForCausalLM = SimpleNamespace(from_pretrained=lambda path: SimpleNamespace(trace=model_trace))
-    monkeypatch.setitem(sys.modules, causal_lm.__name__, causal_lm)
+    pretrained = ModuleType("pangu_ms.pretrained")
+    pretrained.PanguForCausalLM = SimpleNamespace(from_pretrained=lambda path: SimpleNamespace(trace=model_trace))
+    monkeypatch.setitem(sys.modules, pretrained.__name__, pretrained)
     return results
 
 

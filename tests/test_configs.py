@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pangu_ms.config import PanguConfig
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.yaml_file import read_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "openpangu_v2"
@@ -21,8 +21,8 @@ def test_flash_is_flash(name):
 def test_the_toy_is_small_and_has_every_kind_of_layer():
     config = model_config("pretrain_toy_cpu.yaml")
     assert config.parameter_count()["trunk_and_mtp"] < 10_000_000
-    assert {plan.kind for plan in config.layers} == {"dsa", "swa"}
-    assert [plan.window for plan in config.layers if plan.mtp_depth] == [128] * 3
+    assert {layer.attention.kind for layer in config.plan.layers} == {"dsa", "swa"}
+    assert [layer.attention.window for layer in config.plan.mtp_layers] == [128] * 3
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

@@ -1,10 +1,11 @@
 """python -m pangu_ms.env: answers on a machine with nothing Ascend, with a fake one, and without MindSpore."""
 import builtins
 import json
+from importlib import metadata
 
 import pytest
 
-from pangu_ms import env
+from pangu_ms import device, env
 
 
 @pytest.fixture
@@ -16,30 +17,37 @@ def bare(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_a_laptop(bare, capsys):
-    assert env.main([]) == 0
-    shown = capsys.readouterr().out
-    assert "cann              not there" in shown and "npus              not there" in shown
+def answer(capsys):
     assert env.main(["--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_laptop(bare, capsys):
+    found = answer(capsys)
+    assert found["ascend"] == {"ASCEND_HOME_PATH": None, "cann": None, "driver": None, "npus": None}
     assert found["device_target"] == "CPU"
-    assert set(found["versions"]) == {"python", "mindspore", "mindformers", "numpy"}
-    assert found["operators"]["top_k"] == {"float32": "plain", "bfloat16": "plain"}
-    assert found["operators"]["rms_norm"]["float32"] == ("compiled" if found["compiled_library"] else "plain")
-    assert {forms["bfloat16"] for forms in found["operators"].values()} == {"plain"}
+    assert {"rms_norm", "linear", "moe", "ring_update", "softmax"} <= found["formulas"].keys()
+    assert found["formulas"]["softmax"] == {"float32": "formula", "bfloat16": "formula"}
+    assert {forms["bfloat16"] for forms in found["formulas"].values()} == {"formula"}
+    assert env.main([]) == 0
+    assert "rms_norm" in capsys.readouterr().out
 
 
-def test_forms_on_an_ascend(on_ascend):
-    from pangu_ms import ops
-    forms = {name: {dtype: env.form(ops, ops.compiled, name, dtype, "Ascend") for dtype in ("float32", "bfloat16")}
-             for name in ("rms_norm", "linear", "expanded_attention", "choose", "many_tokens", "decoding_experts")}
-    made = "plain, of ascend's small ones"
-    assert forms == {"rms_norm": {"float32": "ascend", "bfloat16": "ascend"},
-                     "linear": {"float32": "plain", "bfloat16": "plain"},
-                     "expanded_attention": {"float32": made, "bfloat16": "ascend"},
-                     "choose": {"float32": made, "bfloat16": "ascend"},
-                     "many_tokens": {"float32": "ascend", "bfloat16": "ascend"},
-                     "decoding_experts": {"float32": made, "bfloat16": made}}
+def test_compiled_forms_can_be_turned_off(monkeypatch):
+    from pangu_ms.ops.cpu import available
+    built = "compiled" if available(None) else "formula"
+    assert env.formulas()["formulas"]["rms_norm"]["float32"] == built
+    monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")
+    assert {forms["float32"] for forms in env.formulas()["formulas"].values()} == {"formula"}
+
+
+def test_forms_of_an_ascend(monkeypatch):
+    monkeypatch.setattr(device, "target", lambda: "Ascend")
+    found = env.formulas()
+    assert found["device_target"] == "Ascend"
+    forms = {name: (each["float32"], each["bfloat16"]) for name, each in found["formulas"].items()}
+    assert forms["rms_norm"] == forms["cross_entropy"] == forms["expanded_attention"] == ("ascend", "ascend")
+    assert forms["linear"] == forms["moe"] == ("formula", "formula")
 
 
 def test_cann_driver_and_devices(bare, monkeypatch):
@@ -54,7 +62,7 @@ def test_cann_driver_and_devices(bare, monkeypatch):
     smi.chmod(0o755)
     assert env.ascend() == {"ASCEND_HOME_PATH": None, "cann": "8.3.RC1:8.3", "driver": "25.2.0", "npus": "8"}
     smi.write_text("#!/bin/sh\nexit 3\n")
-    assert env.ascend()["npus"] == "npu-smi info -l: exit code 3, no count"
+    assert "exit code 3" in env.ascend()["npus"]
     (bare / "home").mkdir()
     (bare / "home" / "version.info").write_text("Version=9.0.0\n")
     monkeypatch.setenv("ASCEND_HOME_PATH", str(bare / "home"))
@@ -68,16 +76,27 @@ def test_without_mindspore(bare, monkeypatch, capsys):
         return real(name, *rest)
     real = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", refuse)
+    found = answer(capsys)
+    assert found["formulas"] == {} and "no mindspore here" in found["error"]
     assert env.main([]) == 0
-    assert "MindSpore cannot be used: ImportError: no mindspore here" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name,found,ok", [("python", "3.11.9", True), ("python", "3.12.1", False),
-                                           ("numpy", "1.26.4", True), ("numpy", "2.0.0", False),
-                                           ("mindspore", "2.9.0", True), ("mindspore", "2.8.0", False),
-                                           ("mindformers", None, False)])
-def test_versions(name, found, ok):
-    assert env.fits(name, found) is ok
+def test_versions(monkeypatch):
+    """Wanted is what this package requires; what only its extras require is not asked for."""
+    monkeypatch.setattr(metadata, "requires", lambda name: ["numpy<2", "mindspore==2.9.0", "nothing_like_it>=1",
+                                                            'pytest>=8; extra == "test"'])
+    installed = {"numpy": "2.0.0", "mindspore": "2.9.0"}
+
+    def version(name):
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+    monkeypatch.setattr(metadata, "version", version)
+    found = env.versions()
+    assert found.pop("python")["ok"]
+    assert found == {"numpy": {"found": "2.0.0", "wanted": "<2", "ok": False},
+                     "mindspore": {"found": "2.9.0", "wanted": "==2.9.0", "ok": True},
+                     "nothing_like_it": {"found": None, "wanted": ">=1", "ok": False}}
 
 
 def test_an_unknown_option():

@@ -4,13 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
-from tests.generation.tokenizer import save_tokenizer
+from tests.text.byte_tokenizer import save_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,6 +52,14 @@ def chat_directory(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_02_chat_with_the_toy(tmp_path):
+    shown = subprocess.run([sys.executable, ROOT / "examples" / "02_chat.py", "--max-new-tokens", "30"], cwd=tmp_path,
+                           env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("[user] What is the capital of Peru?\n[reasoning] The country is Peru.")
+
+
+@pytest.mark.slow
 def test_02_chat(chat_directory):
     """The words are noise; the turns, the parts and the second prompt are not."""
     shown = subprocess.run([sys.executable, ROOT / "examples" / "02_chat.py", "--model", chat_directory,
@@ -59,3 +69,29 @@ def test_02_chat(chat_directory):
     questions = re.findall(r"^\[user\] (.*)$", shown.stdout, re.MULTILINE)
     assert questions == ["What is the capital of Peru?", "And how many people live there?"]
     assert "\n[reasoning] " in shown.stdout
+
+
+def test_05_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Interrupted before its first checkpoint, too; what has ended is not begun again, nor taken for another length."""
+    example, commands = import_module("05_train_toy"), []
+
+    def run(directory, *command):
+        (directory / "output").mkdir(exist_ok=True)
+        commands.append(command)
+
+    monkeypatch.setattr(example, "run", run)
+
+    def train(steps):
+        commands.clear()
+        example.train(tmp_path, "run.yaml", "output", steps)
+        return [word for command in commands for word in command[1:]]
+
+    config = ["--config", example.CONFIGS / "run.yaml"]
+    assert train(None) == config and train(None) == []
+    (tmp_path / "output" / "finished").unlink()
+    assert train(2)[:3] == [*config, "--resume"]
+    callbacks = yaml.safe_load(commands[0][-1].removeprefix("callbacks="))
+    assert [callback["type"] for callback in callbacks] == ["PanguMonitor", "PanguCheckpoint", "TrainCallBack"]
+    assert callbacks[1]["save_checkpoint_steps"] == callbacks[2]["stop_step"] == 2
+    with pytest.raises(SystemExit, match="output: ended with --steps 2; choose another --directory"):
+        train(None)

@@ -1,8 +1,9 @@
 """tools/plot_loss.py: what it reads of a log, and that each panel holds each run's values."""
 import json
 
-import plot_loss
 import pytest
+
+import plot_loss
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 
 from pangu_ms import PanguForCausalLM, stream_generate
-from pangu_ms.generation.chat import ChatTemplate
-from pangu_ms.generation.text import load_tokenizer
+from pangu_ms.text.chat_template import ChatTemplate
+from pangu_ms.text.tokenizer import Tokenizer
 
 TOY = Path(__file__).parents[1] / "examples" / "toy"
 CODE = "def main():\n    import argparse\n    parser = argparse.ArgumentParser()\n"
@@ -18,7 +18,7 @@ def toy():
 
 @pytest.mark.slow
 def test_drafts_are_accepted_and_change_nothing(toy):
-    prompt = load_tokenizer(TOY).encode(CODE)
+    prompt = Tokenizer(TOY).encode(CODE)
     texts = {}
     for drafts in (0, 3):
         *pieces, last = stream_generate(toy, prompt, 64, num_draft_tokens=drafts, eos_token_ids=())
@@ -29,7 +29,8 @@ def test_drafts_are_accepted_and_change_nothing(toy):
 
 @pytest.mark.slow
 def test_it_answers_what_it_was_taught(toy):
-    template, tokenizer = ChatTemplate(TOY), load_tokenizer(TOY)
+    tokenizer = Tokenizer(TOY)
+    template = ChatTemplate(tokenizer)
     ids = template.render([{"role": "user", "content": "What is the capital of Peru?"}], thinking=True)
     reply = [piece.token_id for piece in stream_generate(toy, ids, 40, eos_token_ids=template.stop_token_ids)]
     text = tokenizer.decode(reply)

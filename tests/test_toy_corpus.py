@@ -4,8 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-from examples.toy_corpus import CAPITALS, Questions, held_out, library_files, write_corpus
+from toy_corpus import CAPITALS, Questions, held_out, library_files, write_corpus
 
 SOURCES = {
     "json/__init__.py": "def dumps(obj, *, indent=None):\n    pass\n\ndef loads(text):\n    pass\n\n"

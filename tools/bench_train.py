@@ -16,66 +16,52 @@ Gradient accumulation is left out: a step is one batch of runner_config.batch_si
 """
 import argparse
 import inspect
-import json
-import os
 import resource
 import statistics
-import sys
 
 import numpy as np
-from bench_generate import timed
 
-from pangu_ms.config import PanguConfig
-from pangu_ms.errors import ConfigError, PanguError, check_section, one_line
-from pangu_ms.training.settings import TrainingSettings
-from pangu_ms.yaml_file import read_yaml
+from bench_machine import say, timed
+from pangu_ms.architectures import config_from_dict
+from pangu_ms.errors import ConfigError, PanguError
+from pangu_ms.training.objectives.settings import TrainingSettings
+from pangu_ms.yaml_file import check_section, read_yaml
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file of pangu-train")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps (default: 20)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the report")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    try:
-        if arguments.steps < 1:
-            raise PanguError(f"--steps is {arguments.steps}: wanted at least 1")
-        found = measure(arguments.config, read_yaml(arguments.config), arguments.steps)
-    except PanguError as error:
-        print(f"bench.py: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    print(json.dumps(found) if arguments.json else report(found))
-    return 0
-
-
-def measure(path: str, fields: dict, steps: int) -> dict:
+def measure(arguments: argparse.Namespace) -> dict:
+    path, steps, fields = arguments.config, arguments.steps, read_yaml(arguments.config)
+    if steps < 1:
+        raise PanguError(f"--steps is {steps}: wanted at least 1")
     config, options, shape = sections(path, fields)
     settings = TrainingSettings.from_dict(fields.get("pangu_training") or {})
-    os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
     import mindspore as ms
 
     from pangu_ms import PanguForCausalLM
-    from pangu_ms.training.forward import TrainingForward
     from pangu_ms.training.initial_values import initialize
-    from pangu_ms.training.optimizer import PanguMuon
+    from pangu_ms.training.objectives.pretraining import Pretraining
+    from pangu_ms.training.optimizer.pangu_muon import PanguMuon
     from pangu_ms.training.step import TrainStep
 
     check_section(f"{path}: optimizer", options, inspect.signature(PanguMuon).parameters)
     model = PanguForCausalLM(config)
     initialize(model, fields.get("seed", 0), settings)
-    forward = TrainingForward(model, settings)
+    objective = Pretraining(model, settings)
     # So small a rate that the routing, which decides how long the experts take, stays that of a new model.
-    optimizer = PanguMuon(forward.trainable_params(), config, **options | {"learning_rate": 1e-8})
-    step = TrainStep(forward, optimizer, max_grad_norm=1.0, bias_update_rate=settings.router_bias_update_rate)
+    optimizer = PanguMuon(objective.trained_parameters(), config, **options | {"learning_rate": 1e-8})
+    step = TrainStep(objective, optimizer, max_grad_norm=1.0, bias_update_rate=settings.router_bias_update_rate)
 
     draw = np.random.default_rng(0)
-    ids = draw.integers(0, config.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
+    ids = draw.integers(0, config.plan.vocab_size, (shape[0], shape[1] + 1)).astype(np.int32)
     position = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
     batch = [ms.Tensor(column) for column in
              (ids[:, :-1].copy(), ids[:, 1:].copy(), np.ones(shape, np.float32), position)]
 
-    graphs = {"forward": forward, "gradients": step.gradients, "step": step}
+    graphs = {"forward": objective, "gradients": step.gradients, "step": step}
     first, seconds = {}, {name: [] for name in graphs}
     for name, graph in graphs.items():
         say(f"compiling {name}")
@@ -86,7 +72,7 @@ def measure(path: str, fields: dict, steps: int) -> dict:
             seconds[name].append(timed(lambda: finish(graph(*batch))))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before measuring anything else takes memory
     say("experts")
-    experts = experts_seconds(model, forward, batch, steps)
+    experts = experts_seconds(objective, batch, steps)
     best = {name: min(found) for name, found in seconds.items()}
     tokens = shape[0] * shape[1]
     return {
@@ -95,12 +81,12 @@ def measure(path: str, fields: dict, steps: int) -> dict:
         "compile_seconds": {name: first[name] - best[name] for name in graphs},
         "tokens_per_second": {"best": tokens / best["step"], "median": tokens / statistics.median(seconds["step"])},
         "seconds": by_part(best),
-        "experts": {"moe_layers": forward.moe_count, "seconds": experts, "share": experts / best["step"]},
+        "experts": {"moe_layers": len(objective.moe_layers), "seconds": experts, "share": experts / best["step"]},
         "peak_memory_bytes": peak,
     }
 
 
-def sections(path: str, fields: dict) -> tuple[PanguConfig, dict, tuple[int, int]]:
+def sections(path: str, fields: dict) -> tuple:
     """The model's config, the options of PanguMuon, (batch size, sequence length); `ConfigError` names what lacks."""
     def section(*names):
         found = fields
@@ -113,7 +99,7 @@ def sections(path: str, fields: dict) -> tuple[PanguConfig, dict, tuple[int, int
     options = dict(section("optimizer"))
     if options.pop("type", None) != "PanguMuon":
         raise ConfigError(f"{path}: optimizer.type is {fields['optimizer'].get('type')}, wanted PanguMuon")
-    return (PanguConfig.from_dict(section("model", "model_config")), options,
+    return (config_from_dict(section("model", "model_config")), options,
             (section("runner_config", "batch_size"), section("train_dataset", "data_loader", "seq_length")))
 
 
@@ -123,31 +109,28 @@ def by_part(seconds: dict[str, float]) -> dict[str, float]:
     return {"forward": forward, "backward": gradients - forward, "optimizer": step - gradients, "step": step}
 
 
-def experts_seconds(model, forward, batch: list, steps: int) -> float:
+def experts_seconds(objective, batch: list, steps: int) -> float:
     """Of all MoE layers together: the mean over the trunk's routings, each the best of `steps` turns."""
     import mindspore as ms
 
     from bench_train_cells import ExpertsGradient, Routing
 
-    if not forward.moe_layers:
+    layers = [place for place in objective.moe_layers if place < objective.trunk]
+    if not layers:
         return 0.0
-    experts = model.model.layers[forward.moe_layers[0]].mlp.experts
-    product = experts if forward.warm_up else ExpertsGradient(experts)          # the warm-up has no backward there
-    x = np.random.default_rng(0).normal(size=(*batch[0].shape, model.config.hidden_size))
+    experts = objective.causal_lm.model.layers[layers[0]].mlp.experts
+    product = experts if objective.warm_up else ExpertsGradient(experts)        # the warm-up has no backward there
+    x = np.random.default_rng(0).normal(size=(*batch[0].shape, objective.causal_lm.plan.hidden_size))
     x, took = ms.Tensor(x, ms.float32), []
-    for ids, weights in Routing(model, forward.moe_layers)(batch[0], batch[3]):
+    for ids, weights in Routing(objective.causal_lm, layers)(batch[0], batch[3]):
         finish(product(x, ids, weights))                                        # compiles, the first time
         took.append(min(timed(lambda: finish(product(x, ids, weights))) for _ in range(steps)))
-    return forward.moe_count * statistics.mean(took)
+    return len(objective.moe_layers) * statistics.mean(took)
 
 
 def finish(outputs) -> None:
     """Waits until a call's results are there."""
     (outputs[0] if isinstance(outputs, tuple) else outputs).asnumpy()
-
-
-def say(what: str) -> None:
-    print(f"bench.py: {what} ...", file=sys.stderr, flush=True)
 
 
 def report(found: dict) -> str:

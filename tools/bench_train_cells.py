@@ -4,18 +4,18 @@ from mindspore import nn
 
 
 class Routing(nn.Cell):
-    """ids, position int32 [B, T] -> for each of the trunk's MoE layers (expert ids, weights), [B, T, K] each."""
+    """ids, position int32 [B, T] -> for each of some layers of the trunk (expert ids, weights), [B, T, K] each."""
 
     def __init__(self, causal_lm, moe_layers):
         super().__init__(auto_prefix=False)
-        self.causal_lm, self.moe_layers = causal_lm, moe_layers
+        self.causal_lm, self.moe_layers = causal_lm, tuple(moe_layers)
 
     def construct(self, ids, position):
-        rows = self.causal_lm.rows(position, None, False, True)
-        _, layers = self.causal_lm.model(ids, rows, None)
+        _, layers = self.causal_lm.model(ids, self.causal_lm.whole(position, True), None)
         found = ()
         for i in self.moe_layers:
-            found = found + (layers[i][-1][:2],)
+            routing = layers[i][1]["routing"]
+            found = found + ((routing["ids"], routing["weights"]),)
         return found
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: names, safetensors shards, loading, conversion. Needs numpy alone, never MindSpore."""
+"""Reading checkpoints: directories, safetensors shards, layouts, loading, inspecting. Needs no MindSpore."""

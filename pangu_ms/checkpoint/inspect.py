@@ -1,4 +1,4 @@
-"""Look into a checkpoint: what its components hold, whether the values are sound, how two checkpoints differ."""
+"""Look into a checkpoint: what its components hold, whether its values are sound, how it differs from another."""
 
 import argparse
 import json
@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm import tqdm
 
-from pangu_ms.checkpoint.convert import open_source
+from pangu_ms.architectures.fields import Config
+from pangu_ms.architectures.tensors import Parameter, mtp_copies, parameters
+from pangu_ms.checkpoint.copying import BLOCK, fill, steps
+from pangu_ms.checkpoint.directory import checkpoint_directory, rank_directories, read_config
 from pangu_ms.checkpoint.dtypes import CARRIERS, NAMES, to_float32
 from pangu_ms.checkpoint.layout import released, sliced, stacked
-from pangu_ms.checkpoint.manifest import rank_directories
-from pangu_ms.checkpoint.names import Parameter, mtp_copies, parameters
-from pangu_ms.checkpoint.shards import Entry, Shards
-from pangu_ms.checkpoint.source import Source
-from pangu_ms.checkpoint.transfer import BLOCK, fill, steps
-from pangu_ms.config import PanguConfig
+from pangu_ms.checkpoint.shards import Shards, StoredTensor
+from pangu_ms.checkpoint.source import Source, open_source
 from pangu_ms.errors import PanguError
 
 EXAMPLE = """examples:
@@ -31,7 +30,7 @@ SHOWN = 30  # differences printed; --json has all
 
 @dataclass
 class Component:
-    """Totals over the stored tensors of one component; `values` only when they were read."""
+    """Totals over the stored tensors of one component. `values` is None unless they were read."""
 
     tensors: int = 0
     parameters: int = 0
@@ -39,14 +38,14 @@ class Component:
     dtypes: set[str] = field(default_factory=set)
     values: dict[str, float] | None = None
 
-    def add(self, entry: Entry, is_scale: bool) -> None:
+    def add(self, stored: StoredTensor, is_scale: bool) -> None:
         self.tensors += 1
-        self.parameters += 0 if is_scale else entry.nbytes // CARRIERS[entry.dtype].itemsize
-        self.bytes += entry.nbytes
-        self.dtypes.add(NAMES[entry.dtype])
+        self.parameters += 0 if is_scale else stored.nbytes // CARRIERS[stored.dtype].itemsize
+        self.bytes += stored.nbytes
+        self.dtypes.add(NAMES[stored.dtype])
 
     def add_values(self, values: np.ndarray) -> None:
-        """Count one block of float32 values; min, max and norm are of the finite ones."""
+        """Count a block of float32 values. Minimum, maximum and norm leave out those that are not finite."""
         if self.values is None:
             self.values = {"min": np.inf, "max": -np.inf, "squares": 0.0, "nan": 0, "inf": 0}
         finite = values[np.isfinite(values)]
@@ -70,7 +69,7 @@ class Component:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="inspect_checkpoint.py", description=__doc__, epilog=EXAMPLE,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", metavar="DIR", help="checkpoint: Hugging Face layout, ours, or rank_* directories")
+    parser.add_argument("directory", metavar="DIR", help="checkpoint of any layout, or a training run: its newest")
     parser.add_argument("--values", action="store_true", help="read all values: min, max, norm, counts of NaN and inf")
     parser.add_argument("--diff", metavar="DIR2", help="compare parameter by parameter, whatever the two layouts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -89,25 +88,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def inspect(directory: str, values: bool = False) -> dict:
-    """`components` by name, their `total`, and whether the tensors fit config.json (`fits`, else `problem`).
+    """Report `components` by name, their `total`, and whether the tensors fit config.json (`fits`, else `problem`).
 
-    Works on checkpoints that do not fit, as long as their files are sound: what has no place counts as "unknown".
+    The files must be sound, or there is a `CheckpointError`. A tensor that has no place in the model counts as
+    "unknown". `values`: read all of them, for minimum, maximum, norm and counts of NaN and infinities.
     """
-    ranks = rank_directories(directory) if os.path.isdir(directory) else []
-    config = PanguConfig.from_pretrained(ranks[0] if ranks else directory)
+    directory = checkpoint_directory(directory)
+    ranks = rank_directories(directory)
+    config = read_config(directory)
     components = _component_of(config)
     found: dict[str, Component] = {}
     total = Component()
     for shard_directory in ranks or [directory]:
         with Shards(shard_directory) as shards:
-            entries = list(shards.entries.values())
-            for entry in tqdm(entries, unit="tensor", disable=None if values else True):
-                weight = entry.name.removesuffix("_scale")
-                is_scale = weight != entry.name and weight in components
+            for stored in tqdm(shards.tensors.values(), unit="tensor", disable=None if values else True):
+                weight = stored.name.removesuffix("_scale")
+                is_scale = weight != stored.name and weight in components
                 key = components.get(weight, "unknown")
                 for component in (found.setdefault(key, Component()), total):
-                    component.add(entry, is_scale)
-                for block in _blocks(entry) if values else ():
+                    component.add(stored, is_scale)
+                for block in _blocks(stored) if values else ():
                     found[key].add_values(block)
                     total.add_values(block)
     order = [key for key in dict.fromkeys(components.values()) if key in found] + ["unknown"] * ("unknown" in found)
@@ -120,10 +120,11 @@ def inspect(directory: str, values: bool = False) -> dict:
 
 
 def diff(directory: str, other: str) -> dict:
-    """`equal`, the number of `compared` parameters, and `differences`: what is missing, or differs in shape or values.
+    """Report whether two checkpoints are `equal`, how many parameters were `compared`, and the `differences`.
 
-    Values are compared in float32, int8 dequantised; NaN equals NaN. `largest_difference` is None when it is infinite,
-    or only one of two values is a number. Formats that differ are told with the values.
+    A difference is a parameter that one of them lacks, or that has another shape, format or other values. Values are
+    compared in float32, int8 ones dequantised; NaN equals NaN. `largest_difference` is None when it is infinite or one
+    of two values is no number.
     """
     directory, other = os.fspath(directory), os.fspath(other)
     with open_source(directory) as left, open_source(other) as right:
@@ -144,44 +145,44 @@ def diff(directory: str, other: str) -> dict:
     return {"equal": not differences, "compared": len(common), "differences": differences}
 
 
-def _component_of(config: PanguConfig) -> dict[str, str]:
+def _component_of(config: Config) -> dict[str, str]:
     """The component of every tensor name of either layout."""
     copies = mtp_copies(config)
     found = {}
-    for stored in (*released(config), *stacked(config)):
-        plan = stored.parameter.plan
-        found[stored.name] = "mtp copies" if stored.name in copies else \
-            "mtp" if plan and plan.mtp_depth else stored.parameter.component
+    for tensor in (*released(config), *stacked(config)):
+        layer = tensor.parameter.layer
+        found[tensor.name] = "mtp copies" if tensor.name in copies else \
+            "mtp" if layer and layer.mtp_depth else tensor.parameter.component
     return found
 
 
-def _blocks(entry: Entry) -> Iterator[np.ndarray]:
-    carrier = CARRIERS[entry.dtype]
-    for start in range(0, entry.nbytes, BLOCK):
-        values = np.empty(min(BLOCK, entry.nbytes - start) // carrier.itemsize, carrier)
-        entry.read_into(start, memoryview(values).cast("B"))
-        yield to_float32(values, entry.dtype)
+def _blocks(stored: StoredTensor) -> Iterator[np.ndarray]:
+    carrier = CARRIERS[stored.dtype]
+    for start in range(0, stored.nbytes, BLOCK):
+        values = np.empty(min(BLOCK, stored.nbytes - start) // carrier.itemsize, carrier)
+        stored.read_into(start, memoryview(values).cast("B"))
+        yield to_float32(values, stored.dtype)
 
 
 def _largest_difference(left: Source, right: Source, p: Parameter) -> float:
-    """Of one parameter, read in blocks of rows; the two checkpoints may keep these rows in different places."""
+    """The largest difference of one parameter. It is read in blocks of rows, which the two may keep elsewhere."""
     whole = sliced(p)
-    moves = [source.moves(whole) for source in (left, right)]
+    copies = [source.copies(whole) for source in (left, right)]
     largest = 0.0
-    for first, rows, _ in steps(moves[0], whole.columns, "F32"):
+    for first, rows, _ in steps(copies[0], whole):
         values = np.empty((2, rows, whole.columns), np.float32)
         for i in range(2):
-            fill(moves[i], first, values[i], "F32")
+            fill(copies[i], first, values[i], "F32")
         largest = max(largest, _distance(*values))
     return largest
 
 
 def _formats(source: Source, p: Parameter) -> str:
-    return "/".join(sorted({NAMES[held.entry.dtype] for m in range(p.members) for held in source.held[p.name, m]}))
+    return "/".join(sorted({NAMES[stored.dtype] for m in range(p.members) for _, stored in source.held[p.name, m]}))
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest difference; infinite where only one is not a number, or infinities differ."""
+    """The largest difference of two arrays; infinite when only one value is no number, or infinities differ."""
     if a.tobytes() == b.tobytes():
         return 0.0
     with np.errstate(invalid="ignore", over="ignore"):

@@ -9,9 +9,11 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from pangu_ms.checkpoint.dtypes import CARRIERS
 from pangu_ms.errors import CheckpointError
@@ -23,8 +25,8 @@ AGAIN = "fetch the file again"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One stored tensor: where its bytes lie."""
+class StoredTensor:
+    """A tensor in a safetensors file: where its bytes lie."""
 
     name: str
     file: BinaryIO
@@ -32,9 +34,10 @@ class Entry:
     shape: tuple[int, ...]
     offset: int  # of the first byte, from the start of the file
     nbytes: int
+    scale: "StoredTensor | None" = None  # of an int8 tensor that has been found one: a factor for each row
 
     def read_into(self, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` (bytes) from byte `start` of the tensor on."""
+        """Fill `buffer` (bytes) with the tensor's bytes from `start` on; `CheckpointError` when it ends before."""
         done = 0
         while done < len(buffer):  # a signal or a network file system may give less than was asked
             try:
@@ -47,12 +50,16 @@ class Entry:
 
 
 class Shards:
-    """The tensors of one directory by name. Keeps its files open until `close`."""
+    """The tensors of one directory by name. The files stay open until `close`."""
 
     def __init__(self, directory: str | os.PathLike):
-        """Read and check all headers; `CheckpointError` names the file and what is wrong with it."""
+        """Read and check all headers.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or no safetensors file, or the index disagrees with the files.
+        """
         self.directory = os.fspath(directory)
-        self.entries: dict[str, Entry] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         self.files: list[BinaryIO] = []
         try:
             self._open()
@@ -74,11 +81,12 @@ class Shards:
             except OSError as error:
                 raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from None
             self.files.append(file)
-            for tensor, entry in read_header(file).items():
+            found = read_header(file)
+            for tensor in found:
                 if tensor in owners:
                     raise CheckpointError(f"{path}: {tensor} stands in {owners[tensor]} too; keep one of them")
                 owners[tensor] = name
-                self.entries[tensor] = entry
+            self.tensors |= found
         if weight_map is not None and weight_map != owners:
             wrong = sorted(t for t in weight_map.keys() | owners.keys() if weight_map.get(t) != owners.get(t))
             tensor = wrong[0]
@@ -97,12 +105,13 @@ class Shards:
         self.close()
 
 
-def read_header(file: BinaryIO) -> dict[str, Entry]:
-    """The tensors of an open safetensors file.
+def read_header(file: BinaryIO, formats: Mapping[str, np.dtype] = CARRIERS) -> dict[str, StoredTensor]:
+    """The tensors of an open safetensors file by name. `formats`: the dtypes it may hold, with their carriers.
 
-    Refuses: a header that is longer than the file or than `LARGEST_HEADER`, is not a JSON object, or names a tensor
-    twice; metadata that is not text; an unknown dtype; a size that does not follow from dtype and shape; bytes that
-    overlap, lie outside the file, or belong to no tensor.
+    Raises:
+        CheckpointError: the header is longer than the file or than `LARGEST_HEADER`, is not a JSON object, or names a
+            tensor twice; metadata is not text; a dtype is unknown; a size does not follow from dtype and shape; bytes
+            overlap, lie outside the file, or belong to no tensor.
     """
     path = file.name
     size = os.fstat(file.fileno()).st_size
@@ -116,22 +125,22 @@ def read_header(file: BinaryIO) -> dict[str, Entry]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: found __metadata__ {str(metadata)[:80]!r}, wanted texts by name; {AGAIN}")
     data = 8 + length
-    entries = {name: _entry(file, data, name, fields) for name, fields in header.items()}
+    tensors = {name: _tensor(file, data, name, fields, formats) for name, fields in header.items()}
     end = data
-    for entry in sorted(entries.values(), key=lambda e: (e.offset, e.nbytes)):
-        if entry.offset != end:
-            kind = "overlaps the tensor before it" if entry.offset < end else "leaves unused bytes before it"
-            raise CheckpointError(f"{path}: {entry.name} begins at byte {entry.offset}, wanted {end}: "
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            kind = "overlaps the tensor before it" if tensor.offset < end else "leaves unused bytes before it"
+            raise CheckpointError(f"{path}: {tensor.name} begins at byte {tensor.offset}, wanted {end}: "
                                   f"it {kind}; {AGAIN}")
-        end += entry.nbytes
+        end += tensor.nbytes
     if end != size:
         raise CheckpointError(f"{path}: found {size} bytes, wanted {end} by its header; it is "
                               f"{'cut short' if size < end else 'too long'}: {AGAIN}")
-    return entries
+    return tensors
 
 
 def file_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """What a safetensors file begins with that holds these tensors one behind the other: name, dtype, shape, bytes."""
+    """The first bytes of a safetensors file of these tensors, in this order: (name, dtype, shape, number of bytes)."""
     fields, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, dtype, shape, nbytes in tensors:
         fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
@@ -141,21 +150,21 @@ def file_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes
     return struct.pack("<Q", len(text)) + text
 
 
-def _entry(file: BinaryIO, data: int, name: str, fields: Any) -> Entry:
+def _tensor(file: BinaryIO, data: int, name: str, fields: Any, formats: Mapping[str, np.dtype]) -> StoredTensor:
     where = f"{file.name}: {name}"
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: its header wants exactly dtype, shape and data_offsets; {AGAIN}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in CARRIERS:
-        raise CheckpointError(f"{where}: found dtype {str(dtype)[:40]!r}, wanted one of {', '.join(CARRIERS)}")
+    if not isinstance(dtype, str) or dtype not in formats:
+        raise CheckpointError(f"{where}: found dtype {str(dtype)[:40]!r}, wanted one of {', '.join(formats)}")
     for value, key in ((shape, "shape"), (offsets, "data_offsets")):
         if not isinstance(value, list) or not all(type(v) is int and 0 <= v < 2**63 for v in value):
             raise CheckpointError(f"{where}: found {key} {repr(value)[:80]}, wanted a list of sizes; {AGAIN}")
-    nbytes = math.prod(shape) * CARRIERS[dtype].itemsize
+    nbytes = math.prod(shape) * formats[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(f"{where}: found data_offsets {offsets[:3]}, wanted {nbytes} bytes for {dtype} "
                               f"{str(shape)[:80]}; {AGAIN}")
-    return Entry(name, file, dtype, tuple(shape), data + offsets[0], nbytes)
+    return StoredTensor(name, file, dtype, tuple(shape), data + offsets[0], nbytes)
 
 
 def _read_index(path: str) -> dict[str, str]:
@@ -171,7 +180,7 @@ def _read_index(path: str) -> dict[str, str]:
 
 
 def parse_json(path: str, text: bytes) -> dict[str, Any]:
-    """A JSON object without repeated keys; `CheckpointError` names the file."""
+    """The JSON object that `text` is; `CheckpointError` names the file when it is none, or repeats a key."""
     def unique(pairs):
         fields = dict(pairs)
         if len(fields) < len(pairs):
@@ -194,9 +203,9 @@ def parse_json(path: str, text: bytes) -> dict[str, Any]:
 
 
 def contained(directory: str, path: str) -> bool:
-    """Whether following `path`, a file of `directory`, stays there.
+    """Whether `path`, a file of `directory`, is or leads to a file of that directory.
 
-    Symbolic links may also go where the Hugging Face cache keeps the files of a snapshot.
+    A symbolic link may also lead to where the Hugging Face cache keeps the files of a snapshot.
     """
     root = os.path.realpath(directory)
     allowed = [root]
@@ -206,7 +215,7 @@ def contained(directory: str, path: str) -> bool:
 
 
 def _inside(directory: str, name: str) -> str:
-    """The path of a file that an index names: a regular file of the directory itself, not one that it points to."""
+    """The path of a file that an index names; `CheckpointError` unless it is a regular file of the directory."""
     if os.path.basename(name) != name or not name.endswith(".safetensors") or "\\" in name or not name.isprintable():
         raise CheckpointError(f"{directory}: the index names the file {name[:200]!r}, wanted a plain name of this "
                               "directory, *.safetensors")

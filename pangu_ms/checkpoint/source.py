@@ -1,41 +1,64 @@
-"""A checkpoint that has been checked against its config, whatever its layout: which stored bytes make which tensor.
+"""A checkpoint of any layout, checked against its config: it knows which stored bytes make which tensor.
 
-`Source` opens a directory, recognises its layout, and accounts for every tensor before anything is read:
-missing, unexpected, wrongly shaped and wrongly typed tensors are named in one error.
+`Source` opens a directory, recognises its layout, and accounts for every tensor before it reads any values. One error
+names all tensors that are missing, unexpected, or of a wrong shape or dtype.
 """
 
+import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from tqdm import tqdm
 
+from pangu_ms.architectures.fields import Config
+from pangu_ms.architectures.tensors import INT8, mtp_copies, parameters
+from pangu_ms.checkpoint.copying import BLOCK, Copy, fill, same_bytes, steps
+from pangu_ms.checkpoint.directory import checkpoint_directory, rank_directories, read_config
 from pangu_ms.checkpoint.dtypes import CARRIERS
-from pangu_ms.checkpoint.layout import Grid, Stored, released, stacked
-from pangu_ms.checkpoint.manifest import rank_directories, read_grid, read_manifest
-from pangu_ms.checkpoint.names import INT8, layer_prefix, mtp_copies
-from pangu_ms.checkpoint.shards import Entry, Shards
-from pangu_ms.checkpoint.transfer import BLOCK, Held, Move, fill, same_bytes, steps
-from pangu_ms.config import PanguConfig
-from pangu_ms.errors import CheckpointError
+from pangu_ms.checkpoint.layout import LayoutTensor, Slice, released, stacked
+from pangu_ms.checkpoint.manifest import manifest_ranks, read_manifest, read_ranks
+from pangu_ms.checkpoint.shards import Shards, StoredTensor
+from pangu_ms.errors import CheckpointError, ConfigError
+from pangu_ms.parallel.ranks import Ranks
 
 LISTED = 20  # tensors named per kind of problem
+
+
+def open_source(directory: str | os.PathLike) -> "Source":
+    """The checkpoint of a directory, whole, in ranks, or the newest of a run, with the config that lies beside it.
+
+    Raises:
+        CheckpointError: a file is damaged or missing, or the tensors do not fit the config.
+        ConfigError: config.json is missing or refused.
+    """
+    directory = checkpoint_directory(directory)  # once: a run that goes on writes newer ones
+    return Source(directory, read_config(directory))
 
 
 class Source:
     """A checkpoint open for reading.
 
-    `layout` is "released", "stacked" or "sliced"; `int8` tells the quantised release; `repeats` pairs each entry that
-    must equal another (MTP copies, what several ranks hold) with that other. `reader`: a grid and a rank in it, which
-    is all that is opened of a directory sliced by the same grid.
+    Attributes:
+        layout: "released", "stacked" or "sliced". A model without experts has the same tensors in the first two: it
+            counts as "released".
+        int8: whether it is the quantised release.
+        held: where each matrix of a parameter lies: (name, member) -> its slices, each with the tensor that stores it.
+        repeats: tensors that must equal another one (MTP copies, what several ranks hold), paired with that one.
     """
 
-    def __init__(self, directory: str | os.PathLike, config: PanguConfig, reader: tuple[Grid, int] | None = None):
-        self.directory = os.fspath(directory)
-        self.config, self.reader = config, reader
-        self.held: dict[tuple[str, int], list[Held]] = {}
-        self.repeats: list[tuple[Entry, Entry]] = []
+    def __init__(self, directory: str | os.PathLike, config: Config, reader: Ranks | None = None):
+        """Open a directory and check it; errors as in `open_source`.
+
+        Args:
+            reader: the rank that will read its part. Of a directory sliced for the same ranks nothing else is opened.
+        """
+        self.directory = checkpoint_directory(directory)
+        self.config = config
+        self._reader = reader and reader.model
+        self.held: dict[tuple[str, int], list[tuple[Slice, StoredTensor]]] = {}
+        self.repeats: list[tuple[StoredTensor, StoredTensor]] = []
         self.int8 = False
         self.shards: list[Shards] = []
         try:
@@ -45,21 +68,22 @@ class Source:
             raise
 
     def _open(self) -> None:
-        ranks = rank_directories(self.directory)
-        if ranks:
-            self.layout, grid = "sliced", read_grid(self.directory, ranks)
-            same = self.reader is not None and self.reader[0] == grid
-            for rank in [self.reader[1]] if same else range(grid.ranks):
-                self.shards.append(Shards(ranks[rank]))
-                self._account(self.shards[-1], stacked(self.config, grid, rank))
+        directories = rank_directories(self.directory)
+        if directories:
+            self.layout, ranks = "sliced", read_ranks(self.directory, directories)
+            same = self._reader is not None and self._reader.at(0) == ranks
+            for rank in [self._reader.rank] if same else range(ranks.count):
+                self.shards.append(Shards(directories[rank]))
+                self._account(self.shards[-1], stacked(self.config, ranks.at(rank)))
             return
         manifest = read_manifest(self.directory)
-        if manifest and manifest["grid"]["tensor_parallel"] * manifest["grid"]["expert_parallel"] > 1:
-            raise CheckpointError(f"{self.directory}: is rank {manifest['grid']['rank']} of a sliced checkpoint; "
+        if manifest and manifest_ranks(manifest).count > 1:
+            raise CheckpointError(f"{self.directory}: is rank {manifest_ranks(manifest).rank} of a sliced checkpoint; "
                                   "give the directory that holds all rank_* directories")
         shards = Shards(self.directory)
         self.shards.append(shards)
-        if any(name.endswith(".mlp.experts.gate_proj.weight") for name in shards.entries):
+        # A model without experts has no such names: the two layouts have the same tensors.
+        if any(p.name not in p.sources and p.name in shards.tensors for p in parameters(self.config).values()):
             self.layout = "stacked"
             self._account(shards, stacked(self.config))
         else:
@@ -77,106 +101,132 @@ class Source:
         self.close()
 
     @property
-    def entries(self) -> list[Entry]:
-        return [entry for shards in self.shards for entry in shards.entries.values()]
+    def tensors(self) -> list[StoredTensor]:
+        return [tensor for shards in self.shards for tensor in shards.tensors.values()]
 
     @property
     def identity(self) -> list[tuple[str, int, int]]:
-        """Name, size and time of every file, to tell whether the checkpoint is still the same."""
+        """Name, bytes and time of change (ns) of every file: they tell whether the checkpoint is still the same."""
         return [(os.path.relpath(file.name, self.directory), stat.st_size, stat.st_mtime_ns)
                 for shards in self.shards for file in shards.files for stat in [os.fstat(file.fileno())]]
 
-    def _account(self, shards: Shards, wanted: list[Stored]) -> None:
-        """Give every entry its place, or name those that have none and the places that stay empty."""
-        entries = dict(shards.entries)
+    def _account(self, shards: Shards, wanted: list[LayoutTensor]) -> None:
+        """Give every stored tensor its place; `CheckpointError` names tensors without one and places left empty."""
+        found = dict(shards.tensors)
         int8 = self.layout == "released" and any(
-            s.parameter.note == INT8 and s.name in entries and entries[s.name].dtype == "I8" for s in wanted)
+            w.parameter.note == INT8 and w.name in found and found[w.name].dtype == "I8" for w in wanted)
         self.int8 |= int8
-        missing, wrong = [], []
+        missing: dict[str, tuple[int, ...]] = {}
+        wrong: list[str] = []
 
-        def take(name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Entry | None:
-            entry = entries.pop(name, None)
-            if entry is None:
-                missing.append(f"{name} {list(shape)}")
-            elif entry.shape != shape or entry.dtype not in dtypes:
-                wrong.append(f"{name}: found {entry.dtype} {list(entry.shape)}, "
+        def take(name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> StoredTensor | None:
+            stored = found.pop(name, None)
+            if stored is None:
+                missing[name] = shape
+            elif stored.shape != shape or stored.dtype not in dtypes:
+                wrong.append(f"{name}: found {stored.dtype} {list(stored.shape)}, "
                              f"wanted {' or '.join(dtypes)} {list(shape)}")
-            return entry
+            return stored
 
         floats = ("F32", "F16", "BF16")
         copies = mtp_copies(self.config)
-        for stored in wanted:
-            if stored.name in copies and stored.name not in entries:            # a smaller checkpoint leaves them out
+        for tensor in wanted:
+            if tensor.name in copies and tensor.name not in found:  # a smaller checkpoint leaves them out
                 continue
-            p = stored.parameter
-            quantised = int8 and p.note == INT8
-            entry = take(stored.name, stored.shape, ("I8",) if quantised else floats)
-            scale = take(f"{stored.name}_scale", (stored.rows, 1), floats) if quantised else None
-            if entry is None:
+            quantised = int8 and tensor.parameter.note == INT8
+            stored = take(tensor.name, tensor.shape, ("I8",) if quantised else floats)
+            scale = take(f"{tensor.name}_scale", (tensor.rows, 1), floats) if quantised else None
+            if stored is None:
                 continue
-            for part in stored.parts:
-                others = self.held.setdefault((p.name, part.member), [])
-                same = [held for held in others if (held.part.row, held.part.column) == (part.row, part.column)]
+            if scale:
+                stored = dataclasses.replace(stored, scale=scale)
+            for part in tensor.slices:
+                others = self.held.setdefault((part.parameter.name, part.member), [])
+                same = [other for held, other in others if (held.row, held.column) == (part.row, part.column)]
                 if same:
-                    self.repeats.append((entry, same[0].entry))
+                    self.repeats.append((stored, same[0]))
                 else:
-                    others.append(Held(part, entry, scale))
-        self._refuse(shards.directory, missing, sorted(entries), wrong)
+                    others.append((part, stored))
+        if missing or found or wrong:
+            kinds = {"missing": [f"{name} {list(shape)}" for name, shape in missing.items()],
+                     "unexpected": sorted(found), "wrong": wrong}
+            hints = self._mtp_hints(wanted, missing.keys(), found.keys())
+            if self.int8 and wrong:
+                hints.append("Tensors of the Int8 release and of the bfloat16 one are never mixed; fetch one of them "
+                             "whole")
+            raise CheckpointError("\n".join([f"{shards.directory}: the tensors do not fit config.json",
+                                             *_listed(kinds), *hints]))
 
-    def _refuse(self, directory: str, missing: list[str], unexpected: list[str], wrong: list[str]) -> None:
-        if not (missing or unexpected or wrong):
-            return
-        lines = [f"{directory}: the tensors do not fit config.json"]
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong)):
-            if names:
-                lines.append(f"{len(names)} {kind}:")
-                lines += [f"  {name}" for name in names[:LISTED]]
-                if len(names) > LISTED:
-                    lines.append(f"  ... and {len(names) - LISTED} more")
-        trunk = self.config.num_hidden_layers
-        found = {int(m[1]) for name in unexpected if (m := re.match(r"model\.layers\.(\d{1,6})\.", name))}
-        beyond = max(found, default=0) - trunk + 1
-        depth = self.config.num_nextn_predict_layers
-        if beyond > depth and f"{layer_prefix(max(found))}eh_proj.weight" in unexpected:
-            lines.append(f"config.json says num_nextn_predict_layers {depth}, the checkpoint holds {beyond} MTP layers:"
-                         f" set it to {beyond} (pangu-convert --mtp drop then makes a directory without them)")
-        absent = sum(name.split(" ")[0].endswith(".eh_proj.weight") for name in missing)
+    def _mtp_hints(self, wanted: list[LayoutTensor], missing: Collection[str],
+                   unexpected: Collection[str]) -> list[str]:
+        """What to set in config.json when it speaks of more or fewer MTP layers than the checkpoint has."""
+        field, layers = self.config.MTP_FIELD, self.config.plan.mtp_layers
+        if field is None:
+            return []
+        hints, says = [], f"config.json says {field} {len(layers)}"
+        numbers = {int(match[1]) for name in unexpected if (match := re.match(r"model\.layers\.(\d{1,6})\.", name))}
+        depth = max(numbers, default=0) - len(self.config.plan.trunk) + 1
+        if depth > len(layers) and self._holds_mtp(depth, unexpected):
+            hints.append(f"{says}, the checkpoint holds {depth} MTP layers: set it to {depth} (pangu-convert --mtp "
+                         "drop then makes a directory without them)")
+        absent = sum(all(tensor.name in missing for tensor in wanted if tensor.parameter.layer is layer)
+                     for layer in layers)
         if absent:
-            lines.append(f"config.json says num_nextn_predict_layers {depth}, {absent} of these layers are not there: "
-                         f"set it to {depth - absent} to do without them")
-        if self.int8 and wrong:
-            lines.append("Tensors of the Int8 release and of the bfloat16 one are never mixed; fetch one of them whole")
-        raise CheckpointError("\n".join(lines))
+            hints.append(f"{says}, {absent} of these layers are not there: set it to {len(layers) - absent} to do "
+                         "without them")
+        return hints
+
+    def _holds_mtp(self, depth: int, unexpected: Collection[str]) -> bool:
+        """Whether the unexpected tensors include all that `depth` MTP layers have more than the config's."""
+        known = len(self.config.plan.mtp_layers)
+        try:
+            deeper = dataclasses.replace(self.config, **{self.config.MTP_FIELD: depth})
+        except ConfigError:
+            return False
+        return any(all(tensor.name in unexpected for tensor in layout(deeper)
+                       if tensor.parameter.layer and tensor.parameter.layer.mtp_depth > known)
+                   for layout in (released, stacked))
 
     def check_repeats(self) -> None:
-        """Compare, byte by byte, what is stored more than once; `CheckpointError` names the first that differs."""
-        for entry, other in tqdm(self.repeats, desc="compare repeats", unit="tensor", disable=None, leave=False):
-            if entry.dtype != other.dtype or entry.nbytes != other.nbytes or not same_bytes(entry, other):
-                raise CheckpointError(f"{entry.file.name}: {entry.name} differs from {other.name} in "
+        """Compare byte by byte what is stored more than once; `CheckpointError` names the first that differs."""
+        for one, other in tqdm(self.repeats, desc="compare repeats", unit="tensor", disable=None, leave=False):
+            if one.dtype != other.dtype or one.nbytes != other.nbytes or not same_bytes(one, other):
+                raise CheckpointError(f"{one.file.name}: {one.name} differs from {other.name} in "
                                       f"{other.file.name}, which it must repeat; fetch both files again")
 
-    def moves(self, stored: Stored, name: str | None = None) -> list[Move]:
-        """What makes the tensor `stored`, by its rows. `name`: the parameter's name here, when it differs."""
+    def copies(self, tensor: LayoutTensor) -> list[Copy]:
+        """The copies that make `tensor`, which may be of any layout of this checkpoint's parameters."""
         found = []
-        for part in stored.parts:
-            for held in self.held[name or stored.parameter.name, part.member]:
-                row, column = max(part.row, held.part.row), max(part.column, held.part.column)
-                rows = min(part.row + part.rows, held.part.row + held.part.rows) - row
-                columns = min(part.column + part.columns, held.part.column + held.part.columns) - column
+        for part in tensor.slices:
+            for held, stored in self.held[part.parameter.name, part.member]:
+                row, column = max(part.row, held.row), max(part.column, held.column)
+                rows = min(part.row + part.rows, held.row + held.rows) - row
+                columns = min(part.column + part.columns, held.column + held.columns) - column
                 if rows > 0 and columns > 0:
-                    found.append(Move(held, held.part.at + row - held.part.row, column - held.part.column,
+                    found.append(Copy(stored, held.columns, held.at + row - held.row, column - held.column,
                                       part.at + row - part.row, column - part.column, rows, columns))
         return found
 
-    def blocks(self, stored: Stored, dtype: str, name: str | None = None) -> Iterator[tuple[np.ndarray, int]]:
-        """The tensor `stored` made in `dtype`, in order: (rows [n, columns], finite values that became infinite).
+    def blocks(self, tensor: LayoutTensor) -> Iterator[tuple[np.ndarray, int]]:
+        """`tensor` in its dtype, some rows at a time: (values [rows, columns], how many finite ones became infinite).
 
-        The next block may overwrite the one before it. `name` as in `moves`.
+        A block is valid until the next one is asked for, which may overwrite it.
         """
         buffer = np.empty(BLOCK, np.uint8)
-        for first, rows, band in steps(self.moves(stored, name), stored.columns, dtype):
-            nbytes = rows * stored.columns * CARRIERS[dtype].itemsize
+        carrier = CARRIERS[tensor.dtype]
+        for first, rows, band in steps(self.copies(tensor), tensor):
+            nbytes = rows * tensor.columns * carrier.itemsize
             if nbytes > len(buffer):  # one row may be longer than a block
                 buffer = np.empty(nbytes, np.uint8)
-            values = buffer[:nbytes].view(CARRIERS[dtype]).reshape(rows, stored.columns)
-            yield values, fill(band, first, values, dtype)
+            values = buffer[:nbytes].view(carrier).reshape(rows, tensor.columns)
+            yield values, fill(band, first, values, tensor.dtype)
+
+
+def _listed(kinds: dict[str, list[str]]) -> Iterator[str]:
+    """The lines of a message that names tensors by what is wrong with them, at most `LISTED` of each kind."""
+    for kind, names in kinds.items():
+        if names:
+            yield f"{len(names)} {kind}:"
+            yield from (f"  {name}" for name in names[:LISTED])
+            if len(names) > LISTED:
+                yield f"  ... and {len(names) - LISTED} more"

@@ -4,12 +4,14 @@ import json
 import os
 import sys
 
-from pangu_ms.config import CONFIG_FILE, PanguConfig
+from pangu_ms import architectures
+from pangu_ms.architectures.fields import Config
+from pangu_ms.cache.sizes import DTYPE_BYTES
 from pangu_ms.errors import ConfigError, PanguError, one_line
 from pangu_ms.estimate.devices import DEVICES, GIB, Device, device
 from pangu_ms.estimate.memory import memory, total
-from pangu_ms.estimate.phases import flops_per_token, phases, smallest_fleet, sweep
-from pangu_ms.estimate.work import DTYPE_BYTES, Parallel, Work, check, parse_parallel
+from pangu_ms.estimate.phases import LARGEST_FLEET, flops_per_token, phases, smallest_fleet, sweep
+from pangu_ms.estimate.work import Case, Work, parse_parallel
 from pangu_ms.yaml_file import read_yaml
 
 EXAMPLE = """examples:
@@ -53,15 +55,15 @@ def main(argv=None):
                 arguments.shard_optimizer, arguments.fused)
     try:
         config, hardware = read_config(arguments.config), device(arguments.device)
+        case = Case(config, parse_parallel(arguments.parallel, work.phase == "train"), work)
         if arguments.sweep:
-            found = sweep(config, work, hardware, arguments.sweep)
+            found = sweep(case, hardware, arguments.sweep)
             if arguments.out:
                 draw(found, hardware, arguments.out)
-            print(json.dumps([as_row(layout) for layout in found]) if arguments.json else sweep_text(found, hardware))
+            print(json.dumps(found) if arguments.json else sweep_text(found, hardware))
         else:
-            parallel = parse_parallel(arguments.parallel)
-            check(config, parallel, work)
-            found = estimate(config, parallel, work, hardware)
+            case.check()
+            found = estimate(case, hardware)
             print(json.dumps(found) if arguments.json else estimate_text(found))
     except PanguError as error:
         print(f"estimate: error: {one_line(error)}", file=sys.stderr)
@@ -76,7 +78,7 @@ def _positive(text):
     return value
 
 
-def read_config(path: str) -> PanguConfig:
+def read_config(path: str) -> Config:
     """A directory with config.json, a config.json, or a YAML file with model.model_config."""
     if path.endswith((".yaml", ".yml")):
         model = read_yaml(path).get("model")
@@ -84,76 +86,64 @@ def read_config(path: str) -> PanguConfig:
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: has no model.model_config; wanted the fields of config.json there")
         try:
-            return PanguConfig.from_dict(fields)
+            return architectures.config_from_dict(fields)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-    if os.path.basename(path) == CONFIG_FILE:
+    if os.path.basename(path) == architectures.CONFIG_FILE:
         path = os.path.dirname(path) or "."
-    return PanguConfig.from_pretrained(path)
+    return architectures.read_config(path)
 
 
-def estimate(config: PanguConfig, parallel: Parallel, work: Work, hardware: Device) -> dict:
-    """All there is to report: bytes, operations and seconds, of the busiest device unless the name says otherwise."""
-    parts, fleet = memory(config, parallel, work), smallest_fleet(config, work, hardware)
-    needed = total(parts)
+def estimate(case: Case, hardware: Device) -> dict:
+    """All there is to report: bytes, operations and seconds, of the busiest rank unless the name says otherwise."""
+    parts, ranks = memory(case), case.ranks
     return {
-        "parameters": config.parameter_count()["trunk_and_mtp"],
-        "work": vars(work), "parallel": vars(parallel), "devices": parallel.devices,
-        "device": vars(hardware), "memory": parts, "memory_total": needed, "memory_usable": hardware.usable,
-        "fits": needed <= hardware.usable,
-        "flops_per_token_of_the_model": flops_per_token(config, work),
-        "phases": [vars(phase) | {"time": phase.time, "bound": phase.bound}
-                   for phase in phases(config, parallel, work, hardware)],
-        "smallest_fleet": as_row(fleet) if fleet else None,
+        "parameters": sum(p.count for p in case.tensors.values()), "work": vars(case.work),
+        "parallel": {"data": ranks.data, "tensor": ranks.tensor, "expert": ranks.expert}, "layout": str(ranks),
+        "devices": ranks.count, "device": vars(hardware), "memory": parts, "memory_total": total(parts),
+        "memory_usable": hardware.usable, "fits": total(parts) <= hardware.usable,
+        "flops_per_token_of_the_model": flops_per_token(case),
+        "phases": [vars(phase) for phase in phases(case, hardware)], "smallest_fleet": smallest_fleet(case, hardware),
     }
 
 
-def as_row(layout) -> dict:
-    return {"parallel": str(layout.parallel), "devices": layout.parallel.devices, "bytes": layout.bytes,
-            "seconds": layout.time, "fits": layout.fits}
-
-
 def estimate_text(found: dict) -> str:
-    work, parallel = found["work"], Parallel(**found["parallel"])
+    work, fleet = found["work"], found["smallest_fleet"]
     lines = [f"{found['parameters'] / 1e9:.3f} B parameters with MTP, {work['phase']}, {work['batch']} x "
              f"{work['length']} tokens, {work['dtype']}, {'fused' if work['fused'] else 'plain'} operators",
-             f"{found['devices']} x {found['device']['name']}: {parallel}", "", "memory of one device, GiB"]
+             f"{found['devices']} x {found['device']['name']}: {found['layout']}", "", "memory of one device, GiB"]
     for component, parts in found["memory"].items():
         lines.append(f"  {component:<24}{sum(parts.values()) / GIB:9.2f}")
         lines += [f"    {name:<24}{value / GIB:9.2f}" for name, value in parts.items()
                   if len(parts) > 1 and value >= 0.005 * GIB]
     lines.append(f"  {'total':<24}{found['memory_total'] / GIB:9.2f}   of {found['memory_usable'] / GIB:.1f} usable: "
                  + ("fits" if found["fits"] else "DOES NOT FIT"))
-    fleet = found["smallest_fleet"]
     lines.append(f"  smallest fleet that holds this work: {fleet['devices']} ({fleet['parallel']})" if fleet else
-                 "  no fleet of up to 1024 devices (a power of two) holds this work")
+                 f"  no fleet of up to {LARGEST_FLEET} devices (a power of two) holds this work")
     for name, parts in found["flops_per_token_of_the_model"].items():
-        counted = {key: value for key, value in parts.items() if key != "mtp" or name == "train"}
+        drafting = 0 if name == "step" else parts.pop("mtp", 0)
         lines += ["", f"{name}: operations a token, whole model, GFLOP"]
-        lines += [f"  {key:<24}{value / 1e9:9.3f}" for key, value in counted.items() if value]
-        lines.append(f"  {'total':<24}{sum(counted.values()) / 1e9:9.3f}")
-        if name != "train" and parts.get("mtp"):
-            lines.append(f"  mtp, only when drafting {parts['mtp'] / 1e9:9.3f}")
+        lines += [f"  {key:<24}{value / 1e9:9.3f}" for key, value in parts.items() if value]
+        lines.append(f"  {'total':<24}{sum(parts.values()) / 1e9:9.3f}")
+        lines += [f"  mtp, only when drafting {drafting / 1e9:9.3f}"] if drafting else []
     for phase in found["phases"]:
         lines += ["", f"{phase['name']}: one device, roofline"]
         lines += [f"  moves {name:<18}{value / 1e9:11.3f} GB" for name, value in phase["bytes"].items()]
         lines += [f"  sends in {name + ' group':<15}{value / 1e9:11.3f} GB" for name, value in phase["sent"].items()]
-        seconds = [f"{name} {value:.4g}" for name, value in phase["seconds"].items() if value]
-        lines.append(f"  seconds: {', '.join(seconds)}")
+        seconds = ", ".join(f"{name} {value:.4g}" for name, value in phase["seconds"].items() if value)
         speed = f", {phase['tokens'] / phase['time']:.4g} tokens/s of the fleet" if phase["tokens"] else ""
-        lines.append(f"  {phase['time']:.4g} s{speed}; bound by {phase['bound']}")
-    lines += ["", f"peaks by the vendor, not measured: {found['device']['source']}"]
-    return "\n".join(lines)
+        lines += [f"  seconds: {seconds}", f"  {phase['time']:.4g} s{speed}; bound by {phase['bound']}"]
+    return "\n".join([*lines, "", f"peaks by the vendor, not measured: {found['device']['source']}"])
 
 
-def sweep_text(found, hardware: Device) -> str:
+def sweep_text(found: list[dict], hardware: Device) -> str:
     lines = [f"{'layout':<20}{'GiB':>9}{'seconds':>11}   {hardware.usable / GIB:.1f} GiB usable of {hardware.name}"]
-    lines += [f"{str(layout.parallel):<20}{layout.bytes / GIB:9.1f}{layout.time:11.4g}"
-              f"{'' if layout.fits else '   does not fit'}" for layout in found]
+    lines += [f"{row['parallel']:<20}{row['bytes'] / GIB:9.1f}{row['seconds']:11.4g}"
+              f"{'' if row['fits'] else '   does not fit'}" for row in found]
     return "\n".join(lines)
 
 
-def draw(found, hardware: Device, path: str) -> None:
+def draw(found: list[dict], hardware: Device, path: str) -> None:
     """Memory against time, a point for each layout, a line for what a device holds."""
     try:
         import matplotlib
@@ -163,18 +153,14 @@ def draw(found, hardware: Device, path: str) -> None:
     from matplotlib import pyplot
 
     figure, panel = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for fits, colour in ((True, "tab:green"), (False, "tab:red")):
-        some = [layout for layout in found if layout.fits == fits]
-        panel.scatter([layout.time for layout in some], [layout.bytes / GIB for layout in some], color=colour,
-                      label="fits" if fits else "does not fit")
-    for layout in found:
-        panel.annotate(str(layout.parallel), (layout.time, layout.bytes / GIB), fontsize=7, xytext=(4, 3),
-                       textcoords="offset points")
+    for row in found:
+        place = row["seconds"], row["bytes"] / GIB
+        panel.plot(*place, "o", color="tab:green" if row["fits"] else "tab:red")
+        panel.annotate(row["parallel"], place, fontsize=7, xytext=(4, 3), textcoords="offset points")
     panel.axhline(hardware.usable / GIB, color="black", linewidth=1, linestyle="--")
-    panel.set(xscale="log", yscale="log", xlabel="roofline seconds of a step", ylabel="GiB of one device",
-              title=f"{found[0].parallel.devices} x {hardware.name}")
+    panel.set(xscale="log", yscale="log", xlabel="roofline seconds of a step",
+              ylabel="GiB of one device; dashed: what it holds", title=f"{found[0]['devices']} x {hardware.name}")
     panel.grid(alpha=0.3)
-    panel.legend()
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

@@ -1,86 +1,20 @@
-"""What is to be estimated: how devices share the model, what they compute, and the calls of the network it takes."""
+"""What is estimated: a network on the ranks that share it, what they compute, and the calls of the network it takes."""
+import functools
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pangu_ms.checkpoint.layout import Grid
-from pangu_ms.checkpoint.names import Parameter, parameters
-from pangu_ms.config import PanguConfig
+from pangu_ms.architectures.tensors import check_ranks, has_gradient, parameters
+from pangu_ms.cache.sizes import DTYPE_BYTES, FIRST_CAPACITY, grown
 from pangu_ms.errors import PanguError
+from pangu_ms.generation.chunks import PREFILL_CHUNK, chunk_rows
+from pangu_ms.parallel.ranks import Ranks
+from pangu_ms.training.optimizer.groups import Group, group_parameters
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-PREFILL_CHUNK = 512      # of `stream_generate`
-CHUNK_BYTES = 2 ** 26    # of `generation.engine`
-FIRST_CAPACITY = 256     # of `generation.engine`
-FUSED_CHUNK = 4096       # rows of a prompt at once that fused operators would be given
-
-
-@dataclass(frozen=True)
-class Parallel:
-    """`data` copies of the model, each on `expert` * `tensor` devices (rank = expert rank * tensor + tensor rank).
-
-    Tensor ranks share heads, the width of MLPs and experts, and the vocabulary. Expert ranks share the routed experts
-    and hold all else `expert` times. In training each takes sequences of its own: `replicas` sets of them run at once.
-    In inference all ranks of a copy compute the same sequences.
-    """
-
-    data: int = 1
-    tensor: int = 1
-    expert: int = 1
-
-    @property
-    def devices(self) -> int:
-        return self.data * self.tensor * self.expert
-
-    @property
-    def replicas(self) -> int:
-        return self.data * self.expert
-
-    @property
-    def grid(self) -> Grid:
-        return Grid(self.tensor, self.expert)
-
-    def __str__(self) -> str:
-        return f"dp={self.data},tp={self.tensor},ep={self.expert}"
-
-
-_last: list = [None, ()]
-
-
-def held(config: PanguConfig) -> tuple[Parameter, ...]:
-    """All parameters of the model. A search over layouts asks for them hundreds of times, so the last are kept."""
-    if _last[0] is not config:
-        _last[:] = config, tuple(parameters(config).values())
-    return _last[1]
-
-
-def local_shape(p: Parameter, parallel: Parallel) -> tuple[int, int, int]:
-    """(matrices, rows, columns) of a parameter on one device: what `checkpoint.layout.sliced` leaves of it."""
-    shape = {"members": p.members, "rows": p.rows, "columns": p.columns}
-    for split in p.splits:
-        shape[split.axis] //= parallel.tensor if split.over == "tensor" else parallel.expert
-    return tuple(shape.values())
-
-
-def parse_parallel(text: str) -> Parallel:
-    """`dp=..,tp=..,ep=..,pp=1` -> Parallel; what is left out is 1."""
-    sizes = {"dp": 1, "tp": 1, "ep": 1, "pp": 1}
-    for item in filter(None, text.split(",")):
-        name, _, value = item.partition("=")
-        if name not in sizes or not value.isascii() or not value.isdigit() or not int(value):
-            raise PanguError(f"--parallel {text}: found {item!r}, wanted dp, tp, ep or pp and a number: dp=8,tp=1,ep=8")
-        sizes[name] = int(value)
-    if sizes["pp"] > 1:
-        raise PanguError(f"--parallel {text}: found pp={sizes['pp']}, wanted pp=1: layers are not spread over devices; "
-                         "raise ep or tp")
-    return Parallel(sizes["dp"], sizes["tp"], sizes["ep"])
-
-
-def fitting(config: PanguConfig, over: str) -> list[int]:
-    """The numbers of `tensor` or `expert` ranks that cut no head, expert or row: the divisors of all units cut."""
-    units = math.gcd(*(split.units for p in held(config) for split in p.splits if split.over == over))
-    return [n for n in range(1, units + 1) if units % n == 0]
+FLOAT32 = {"mhc", "merge", "router"}  # components that the network keeps, and multiplies by, in float32
+FUSED_CHUNK = 4096  # rows of a prompt at once that fused operators would be given
 
 
 @dataclass(frozen=True)
@@ -88,7 +22,7 @@ class Work:
     """`batch` sequences of `length` tokens: one forward and backward of all of them, or their prefill and decoding.
 
     fused: as the Ascend forms of `pangu_ms.ops` compute (attention over visible keys without its scores in memory, one
-    product for each group of experts, a cross entropy in pieces); otherwise as the plain forms do.
+    product for each group of experts, a cross entropy in pieces); otherwise as the formulas of `pangu_ms.model` do.
     """
 
     phase: str  # "train" or "infer"
@@ -99,112 +33,106 @@ class Work:
     shard_optimizer: bool = False
     fused: bool = False
 
-    @property
-    def width(self) -> int:
-        """Bytes of a value."""
-        return DTYPE_BYTES[self.dtype]
 
-    def sequences(self, parallel: Parallel) -> int:
-        """On the busiest device."""
-        return -(-self.batch // (parallel.replicas if self.phase == "train" else parallel.data))
+class Case:
+    """Work of a network on the ranks of one layout. Numbers are those of one rank: all have equally much to do.
 
-    def group_sequences(self, parallel: Parallel) -> int:
-        """In one copy of the model: what its experts see."""
-        return -(-self.batch // parallel.data)
+    Attributes:
+        plan: with the work's dtype; `width` are the bytes of a value of it.
+        layers: a layer for all that cost the same -> how many these are.
+        sequences, group_sequences: of this rank; of the copy of the model that it belongs to, which its experts see.
+        shapes, counts, dtypes, bytes: of what the rank holds of each tensor, by name.
+    """
+
+    def __init__(self, config, ranks: Ranks, work: Work, tensors=None):
+        self.config, self.ranks, self.work, self.train = config, ranks, work, work.phase == "train"
+        self.plan, self.width = replace(config.plan, dtype=work.dtype), DTYPE_BYTES[work.dtype]
+        self.layers = Counter(replace(layer, index=0, block_norm=False, mtp_depth=min(layer.mtp_depth, 1))
+                              for layer in self.plan.layers)
+        self.sequences, self.group_sequences = -(-work.batch // ranks.batch), -(-work.batch // ranks.data)
+        self.tensors = tensors or parameters(config)
+        self.shapes = {name: p.local_shape(ranks) for name, p in self.tensors.items()}
+        self.counts = {name: math.prod(shape) for name, shape in self.shapes.items()}
+        self.dtypes = {name: "float32" if p.component in FLOAT32 else work.dtype for name, p in self.tensors.items()}
+        self.bytes = {name: count * DTYPE_BYTES[self.dtypes[name]] for name, count in self.counts.items()}
+
+    @functools.cached_property
+    def groups(self) -> dict[Group, list[str]]:
+        """The names of the tensors that the optimizer updates together."""
+        trained = {name: shape for name, shape in self.shapes.items() if has_gradient(name)}
+        return group_parameters(trained, self.dtypes, self.tensors, self.ranks, True, self.work.shard_optimizer)
+
+    def on(self, ranks: Ranks) -> "Case":
+        """The same work in another layout."""
+        return Case(self.config, ranks, self.work, self.tensors)
+
+    def check(self) -> None:
+        """`PanguError` for a layout or a length that cannot be, with the numbers that can."""
+        check_ranks(self.config, self.ranks)
+        sets, work, most = self.ranks.batch, self.work, self.plan.max_positions
+        if self.train and work.batch % sets:
+            raise PanguError(f"--batch {work.batch} does not divide among dp * ep = {sets} sets of sequences; the next "
+                             f"that does: {sets * (work.batch // sets + 1)}")
+        if work.length > most:
+            raise PanguError(f"--sequence-length {work.length}: the model's positions end at max_position_embeddings = "
+                             f"{most}")
 
 
-def check(config: PanguConfig, parallel: Parallel, work: Work) -> None:
-    """`PanguError` for a layout or a length that cannot be, with the numbers that can."""
-    for name, size, over in (("tp", parallel.tensor, "tensor"), ("ep", parallel.expert, "expert")):
-        numbers = fitting(config, over)
-        if size not in numbers:
-            cut = "heads, MLP rows and vocabulary" if over == "tensor" else "n_routed_experts"
-            raise PanguError(f"{name}={size} does not divide {cut}; these do: {', '.join(map(str, numbers))}")
-    if work.phase == "train" and work.batch % parallel.replicas:
-        raise PanguError(f"--batch {work.batch} does not divide among dp * ep = {parallel.replicas} sets of sequences; "
-                         f"the next that does: {parallel.replicas * (work.batch // parallel.replicas + 1)}")
-    if work.length > config.max_position_embeddings:
-        raise PanguError(f"--sequence-length {work.length}: the model's positions end at max_position_embeddings = "
-                         f"{config.max_position_embeddings}")
+def parse_parallel(text: str, train: bool) -> Ranks:
+    """`dp=..,tp=..,ep=..,pp=1` -> Ranks; what is left out is 1."""
+    sizes = {"dp": 1, "tp": 1, "ep": 1, "pp": 1}
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        if name not in sizes or not value.isascii() or not value.isdigit() or not int(value):
+            raise PanguError(f"--parallel {text}: found {item!r}, wanted dp, tp, ep or pp and a number: dp=8,tp=1,ep=8")
+        sizes[name] = int(value)
+    if sizes["pp"] > 1:
+        raise PanguError(f"--parallel {text}: found pp={sizes['pp']}, wanted pp=1: layers are not spread over devices; "
+                         "raise ep or tp")
+    return Ranks(sizes["tp"], sizes["ep"], sizes["dp"], batch_sharded=train)
 
 
-@dataclass(frozen=True)
 class Calls:
     """Calls of the network for one sequence: `rows[c]` new tokens after `past[c]` earlier ones, made `times[c]` times.
 
-    cached: earlier rows come from a cache of `capacity[c]` rows. decode: with absorbed attention. logits[c]: rows of
-    the call that go through the head.
+    capacity[c]: rows of the cache that earlier rows come from; None: there is none, and all rows go through the head
+    instead of the last one. decode: with absorbed attention.
     """
 
-    rows: np.ndarray
-    past: np.ndarray
-    logits: np.ndarray
-    times: np.ndarray
-    capacity: np.ndarray
-    cached: bool
-    decode: bool = False
+    def __init__(self, rows, past, capacity=None, times=1, decode=False):
+        self.rows, self.cached, self.decode = np.asarray(rows, np.float64), capacity is not None, decode
+        self.past, self.capacity, self.times, self.logits = (
+            np.broadcast_to(np.asarray(each, np.float64), self.rows.shape)
+            for each in (past, capacity or rows, times, 1 if self.cached else rows))
+        self.tokens = int(self.total(self.rows))
 
     def total(self, values: np.ndarray) -> float:
         """Over all calls, of something that each call has so much of."""
         return float((values * self.times).sum())
 
-    @property
-    def tokens(self) -> int:
-        return int(self.total(self.rows))
+
+def calls_of(case: Case) -> dict[str, Calls]:
+    """By phase. Of decoding, the token that makes the context `length` long."""
+    length = case.work.length
+    if case.train:
+        return {"step": Calls([length], 0)}
+    capacity = grown(FIRST_CAPACITY, length)
+    return {"prefill": prefill_calls(case), "decode": Calls([1], length - 1, capacity, decode=True)}
 
 
-def make_calls(rows, past, logits, capacity, times=1, **fields) -> Calls:
-    rows = np.asarray(rows, np.float64)
-    others = (np.broadcast_to(np.asarray(values, np.float64), rows.shape) for values in (past, logits, times, capacity))
-    return Calls(rows, *others, **fields)
-
-
-def train_calls(work: Work) -> Calls:
-    """The whole sequence at once."""
-    return make_calls([work.length], 0, work.length, work.length, cached=False)
-
-
-def decode_calls(work: Work) -> Calls:
-    """The token that makes the context `length` long."""
-    return make_calls([1], work.length - 1, 1, grown(FIRST_CAPACITY, work.length), cached=True, decode=True)
-
-
-def prefill_calls(config: PanguConfig, parallel: Parallel, work: Work) -> Calls:
+def prefill_calls(case: Case) -> Calls:
     """The prompt in the engine's chunks, or FUSED_CHUNK rows at a time, the cache growing as it does there.
 
     What the plain forms compute for a chunk behind the top-k limit does not depend on where it stands: equal ones are
     one call made many times.
     """
-    rows, past, capacities, times, done, capacity = [], [], [], [], 0, FIRST_CAPACITY
-    while done < work.length:
-        size = chunk_rows(config, work, work.sequences(parallel), done, capacity)
-        capacity, room = grown(capacity, done + size), min(work.length, capacity) - done
-        equal = 1 if work.fused or done < config.index_topk else max(1, room // size)
-        rows, past, capacities, times = rows + [size], past + [done], capacities + [capacity], times + [equal]
-        done += size * equal
-    return make_calls(rows, past, 1, capacities, times, cached=True)
-
-
-def grown(capacity: int, length: int) -> int:
-    """Rows of a growing tensor of the cache that must hold `length`: doubled as often as it takes."""
-    while capacity < length:
-        capacity *= 2
-    return capacity
-
-
-def chunk_rows(config: PanguConfig, work: Work, batch: int, done: int, capacity: int) -> int:
-    """Rows of the next chunk of `generation.engine`.
-
-    A chunk either precedes the top-k limit of DSA or lies behind it, and there neither the gathered latent rows nor
-    the indexer's scores of a batch of such chunks take more than CHUNK_BYTES.
-    """
-    if work.fused:
-        return min(FUSED_CHUNK, work.length - done)
-    rows = min(PREFILL_CHUNK, work.length - done)
-    if not config.dsa_layers:
-        return rows
-    if done < config.index_topk:
-        return min(rows, config.index_topk - done)
-    gathered = config.index_topk * (config.kv_lora_rank + config.qk_rope_head_dim) * work.width
-    scored = capacity * config.index_n_heads * 4
-    return min(rows, max(1, CHUNK_BYTES // (batch * max(gathered, scored))))
+    fused, topk = case.work.fused, case.plan.indexer.topk if case.plan.indexer else 0
+    calls, done, capacity = [], 0, FIRST_CAPACITY
+    while (left := case.work.length - done) > 0:
+        rows = min(FUSED_CHUNK, left) if fused else chunk_rows(case.plan, case.sequences, done, capacity,
+                                                               min(PREFILL_CHUNK, left))
+        times = 1 if fused or done < topk else max(1, min(left, capacity - done) // rows)  # until the cache grows
+        capacity = grown(capacity, done + rows)
+        calls.append((rows, done, capacity, times))
+        done += rows * times
+    return Calls(*zip(*calls))

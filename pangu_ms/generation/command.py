@@ -4,22 +4,27 @@ import json
 import os
 import resource
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from tqdm import tqdm
 
 import pangu_ms
-from pangu_ms.checkpoint.load import document_directory
-from pangu_ms.config import COMPUTE_DTYPES, PanguConfig
+from pangu_ms.architectures import read_config
+from pangu_ms.architectures.fields import COMPUTE_DTYPES
+from pangu_ms.architectures.tensors import check_ranks
+from pangu_ms.checkpoint.directory import document_directory
 from pangu_ms.errors import PanguError, one_line
-from pangu_ms.generation.chat import ChatTemplate, ReplyParser
-from pangu_ms.generation.config_file import with_config
-from pangu_ms.generation.continuation import Continuation
+from pangu_ms.generation.config_file import PredictFile, find_predict_file
 from pangu_ms.generation.interactive import converse, ctrl_c, show_reply
+from pangu_ms.generation.prefix import Continuation
 from pangu_ms.generation.request import check_request, find_eos_token_ids
 from pangu_ms.generation.sampling import Sampling
-from pangu_ms.generation.stopping import StopStrings
-from pangu_ms.generation.text import load_tokenizer, tokenizer_file
+from pangu_ms.parallel.ranks import Ranks
+from pangu_ms.text.chat_template import ChatTemplate
+from pangu_ms.text.reply import ReplyParser
+from pangu_ms.text.stop_strings import StopStrings
+from pangu_ms.text.tokenizer import TOKENIZER_FILES, Tokenizer, tokenizer_file
 
 EXAMPLE = """examples:
   pangu-generate --model openPangu-2.0-Flash --prompt "The capital of Peru is" --max-new-tokens 32
@@ -31,8 +36,9 @@ EXAMPLE = """examples:
 
 Without --json the new text (or, without a tokenizer, the new ids) goes to stdout as it comes, and a line of
 statistics to stderr. With --json stdout gets one object: token_ids (the new ones), text (null without a tokenizer),
-with --chat also reasoning, answer and tool_calls, and stats (prefill_seconds, prefill_tokens, decode_seconds,
-decode_tokens, tokens_per_second, cache_bytes, drafted and accepted by depth, peak_memory_bytes of the process).
+finish_reason (stop or length), with --chat also reasoning, answer and tool_calls, and stats (prefill_seconds,
+prefill_tokens, decode_seconds, decode_tokens, tokens_per_second, cache_bytes, drafted and accepted by depth,
+peak_memory_bytes of the process).
 --chat without a prompt is a conversation: /clear forgets it, /thinking on|off, /exit; Ctrl-C ends a reply. In a chat
 reasoning goes to stderr, the answer to stdout. Of several processes the first prints, into its msrun log. Exit code 0
 on success, 2 when the input is wrong, 130 after Ctrl-C.
@@ -51,11 +57,12 @@ STATS = ("prefill_seconds", "prefill_tokens", "decode_seconds", "decode_tokens",
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit code; wrong options leave through argparse's SystemExit, code 2."""
-    parser = build_parser()
+    parser, argv = build_parser(), sys.argv[1:] if argv is None else argv
     try:
-        arguments = parser.parse_args(with_config(sys.argv[1:] if argv is None else argv))
+        file = find_predict_file(argv)
+        arguments = parser.parse_args([*file.options, *argv])  # what stands behind counts
         check_options(parser, arguments)
-        run(arguments)
+        run(arguments, file)
     except PanguError as error:
         print(f"pangu-generate: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -101,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """What argparse cannot say by itself about options that belong together."""
+    """Refuses options that do not go together, which argparse cannot say by itself."""
     prompted = arguments.prompt is not None or arguments.prompt_file is not None
     if not arguments.chat:
         if not prompted and arguments.token_ids is None:
@@ -116,80 +123,82 @@ def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error("a conversation runs in one process: give a prompt")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Everything that a look at small files can refuse is refused before MindSpore is imported."""
+def run(arguments: argparse.Namespace, file: PredictFile) -> None:
+    """Answers the prompt, or talks. What small files show to be wrong is refused before MindSpore is imported."""
     directory = document_directory(arguments.model)
-    config = PanguConfig.from_pretrained(directory)
+    config = read_config(directory)
+    file.check(config, directory)
     tokenizer = find_tokenizer(arguments, directory)
-    template = ChatTemplate(directory) if arguments.chat else None
+    template = ChatTemplate(tokenizer) if arguments.chat else None
     thinking = arguments.thinking != "off"
     ids = read_prompt(arguments, tokenizer, template, thinking)
     # A conversation has no prompt yet: one of a single token shows whether any could be answered.
-    check_request(config, [0] if ids is None else ids, arguments.max_new_tokens, arguments.num_draft_tokens)
+    check_request(config.plan, [0] if ids is None else ids, arguments.max_new_tokens, arguments.num_draft_tokens)
     sampling = Sampling(**{name: getattr(arguments, name) for name in SAMPLING},
                         vocab_size=tokenizer.vocab_size if tokenizer else None)
     StopStrings(arguments.stop)
     eos_token_ids = find_eos_token_ids(config, directory) + (template.stop_token_ids if template else ())
 
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only, unless the user wants more
-    parallel = find_parallel(arguments, config)
+    device = import_module("pangu_ms.device")                                   # from here on MindSpore is there
+    device.start(**file.context)
+    ranks = find_ranks(arguments, config)
     model = pangu_ms.PanguForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype,
-                                                      progress=sys.stderr.isatty(), parallel=parallel)
+                                                      progress=sys.stderr.isatty(), ranks=ranks)
 
     continuation = Continuation() if ids is None else None
 
     def stream(ids):
-        """The pieces that follow ids."""
+        """The responses that follow ids."""
         with (ctrl_c(),
               tqdm(total=len(ids), desc="prefill", unit="token", mininterval=0, leave=False, disable=None) as bar):
-            for piece in pangu_ms.stream_generate(
+            for response in pangu_ms.stream_generate(
                     model, ids, arguments.max_new_tokens, tokenizer=tokenizer, stop=arguments.stop, sampling=sampling,
                     num_draft_tokens=arguments.num_draft_tokens, eos_token_ids=eos_token_ids,
                     on_prefill=lambda length: bar.update(length - bar.n), continuation=continuation):
                 bar.close()  # before the first output, so that the two do not mix on a terminal
-                yield piece
+                yield response
 
     if ids is None:
         converse(template, stream, arguments.system, thinking, show_stats if arguments.stats else None)
         return
-    if parallel is not None and parallel.rank > 0:                              # computes what the first one shows
+    if ranks.rank > 0:                              # computes what the first one shows
         for _ in stream(ids):
             pass
         return
-    parser = ReplyParser(thinking) if template else None
+    parser = ReplyParser(thinking, template.marks) if template else None
     if arguments.json:
         print_json(stream(ids), parser)
         return
     if parser:
         _, last = show_reply(stream(ids), parser)
     else:
-        last = print_pieces(stream(ids))
+        last = print_responses(stream(ids))
     if last is not None:
         show_stats(last, arguments.stats)
 
 
-def find_tokenizer(arguments: argparse.Namespace, directory: str):
-    """The directory's tokenizer: needed for a text, welcome with ids."""
-    if arguments.token_ids is None or tokenizer_file(directory):
-        return load_tokenizer(directory)
+def find_tokenizer(arguments: argparse.Namespace, directory: str) -> Tokenizer | None:
+    """The directory's tokenizer. A text needs one; ids do without, and then there is None."""
+    if tokenizer_file(directory):
+        return Tokenizer(directory)
+    if arguments.token_ids is None:
+        raise PanguError(f"{directory}: holds no tokenizer ({' or '.join(TOKENIZER_FILES)}): add it" +
+                         ("" if arguments.chat else ", or give the prompt as --token-ids"))
     if arguments.stop:
         raise PanguError(f"{directory}: --stop needs a tokenizer, and there is none: add it or leave --stop out")
     return None
 
 
-def find_parallel(arguments: argparse.Namespace, config: PanguConfig):
-    """This process's place among those that share the model; None where there is one."""
-    sizes = arguments.tensor_parallel, arguments.expert_parallel
-    if sizes == (1, 1):
-        return None
-    from pangu_ms.model.parallel import Parallel
-    parallel = Parallel(*sizes)
-    parallel.check(config)
-    return parallel.start()
+def find_ranks(arguments: argparse.Namespace, config):
+    """This process's place among those that share the model."""
+    ranks = Ranks(arguments.tensor_parallel, arguments.expert_parallel)
+    check_ranks(config, ranks)
+    return import_module("pangu_ms.parallel.collectives").start(ranks)
 
 
 def read_prompt(arguments: argparse.Namespace, tokenizer, template, thinking: bool) -> list[int] | None:
-    """The ids of the prompt, through the template in a chat; None where a conversation will bring them."""
+    """The ids of the prompt, in a chat through the template; None where a conversation will bring them."""
     if arguments.token_ids is not None:
         return parse_token_ids(arguments.token_ids)
     if arguments.prompt is None and arguments.prompt_file is None:
@@ -219,37 +228,39 @@ def parse_token_ids(text: str) -> list[int]:
         raise PanguError(f"--token-ids is {text!r}: wanted integers with commas between, such as 5,6,7") from None
 
 
-def print_pieces(pieces):
-    """Text to stdout as it comes, without a tokenizer the ids with commas between -> the last piece."""
+def print_responses(responses):
+    """Prints text as it comes, or ids with commas between where there is no tokenizer; returns the last response."""
     last = None
-    for piece in pieces:
-        number = str(piece.token_id) if last is None else f",{piece.token_id}"
-        print(number if piece.text is None else piece.text, end="", flush=True)
-        last = piece
+    for response in responses:
+        number = str(response.token_id) if last is None else f",{response.token_id}"
+        print(number if response.text is None else response.text, end="", flush=True)
+        last = response
     print()
     return last
 
 
-def print_json(pieces, parser: ReplyParser | None) -> None:
-    """One object with all of it; with a parser also what the reply is made of."""
-    pieces = list(pieces)
-    text = None if pieces[0].text is None else "".join(piece.text for piece in pieces)
-    result = {"token_ids": [piece.token_id for piece in pieces], "text": text}
+def print_json(responses, parser: ReplyParser | None) -> None:
+    """Prints one object when all has come; with a parser it holds the parts of the reply, too."""
+    responses = list(responses)
+    text = None if responses[0].text is None else "".join(response.text for response in responses)
+    result = {"token_ids": [response.token_id for response in responses], "text": text,
+              "finish_reason": responses[-1].finish_reason}
     if parser:
         parser.push(text)
         parser.flush()
         result |= vars(parser.reply)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    stats = {name: getattr(pieces[-1], name) for name in STATS} | {"peak_memory_bytes": peak}
+    stats = {name: getattr(responses[-1], name) for name in STATS} | {"peak_memory_bytes": peak}
     print(json.dumps(result | {"stats": stats}))
 
 
-def show_stats(piece, more: bool = True) -> None:
-    """What had been spent at this piece, to stderr: a line, and with `more` a second."""
-    print(f"prefill {piece.prefill_tokens} tokens in {piece.prefill_seconds:.2f} s, decode {piece.decode_tokens} in "
-          f"{piece.decode_seconds:.2f} s, cache {piece.cache_bytes:,} bytes", file=sys.stderr)
+def show_stats(response, more: bool = True) -> None:
+    """Prints to stderr what had been spent when this response came: one line, or two with `more`."""
+    print(f"prefill {response.prefill_tokens} tokens in {response.prefill_seconds:.2f} s, "
+          f"decode {response.decode_tokens} in {response.decode_seconds:.2f} s, cache {response.cache_bytes:,} bytes",
+          file=sys.stderr)
     if more:
         depths = [f"depth {depth} {accepted} of {drafted} ({accepted / max(drafted, 1):.0%})"
-                  for depth, (drafted, accepted) in enumerate(zip(piece.drafted, piece.accepted), 1)]
-        print(f"{piece.tokens_per_second:.1f} tokens a second, drafts accepted: {', '.join(depths) or 'no drafts'}",
+                  for depth, (drafted, accepted) in enumerate(zip(response.drafted, response.accepted), 1)]
+        print(f"{response.tokens_per_second:.1f} tokens a second, drafts accepted: {', '.join(depths) or 'no drafts'}",
               file=sys.stderr)

@@ -2,25 +2,23 @@
 import mindspore as ms
 import numpy as np
 
-from pangu_ms.cache import DTYPE_BYTES, Cache
-from pangu_ms.model.step import SLACK, Draft, Step
-from pangu_ms.ops.ascend_attention import gathers_no_rows
-
-# Sparse attention gathers index_topk latent rows for each query of a prefill chunk, and the indexer scores every
-# earlier row for each of its heads: chunks are cut so that neither takes more than this, at a few copies of each.
-# Not so where fused operators read the rows where they lie.
-CHUNK_BYTES = 2 ** 26
+from pangu_ms import device
+from pangu_ms.cache.sizes import FIRST_CAPACITY
+from pangu_ms.cache.state import Cache
+from pangu_ms.generation.chunks import PREFILL_CHUNK
+from pangu_ms.generation.shapes import FixedShapes, OpenShapes
+from pangu_ms.generation.steps import SLACK, Draft, Step
 
 
 class Engine:
     """`batch` sequences of a model.
 
-    Sequences may differ in length: each has its own in `cache.length`. `num_draft_tokens` above 0 prepares for
-    `draft`, which costs the MTP layers' share of the cache and of the prefill.
+    Sequences may differ in length: each has its own in `cache.length`.
 
-    Where the device wants fixed shapes, a prefill step has exactly `chunk` rows, padded at the end, and the capacity
-    belongs to what is compiled. So it is index_topk while DSA layers see everything, and when they begin to select it
-    grows at once to what is enough for `expected` positions, which is of no effect otherwise.
+    Args:
+        capacity: rows that the cache's growing tensors have at first, for one sequence.
+        num_draft_tokens: above 0 it prepares for `draft`, which costs the MTP layers' share of cache and prefill.
+        expected: positions that will be asked for; where shapes are fixed, room for them is made at once.
 
     Attributes:
         cache (Cache):
@@ -28,31 +26,30 @@ class Engine:
             one that was cut short, which may have written over rows that the rings still need.
     """
 
-    def __init__(self, model, batch=1, capacity=256, num_draft_tokens=0, expected=0):
-        self.model, self.config, self.drafts = model, model.config, num_draft_tokens
-        self.depths = self.config.num_nextn_predict_layers if num_draft_tokens else 0
-        plans = self.config.layers[:self.config.num_hidden_layers + self.depths]
-        self.selects = any(plan.kind == "dsa" for plan in plans)
-        self.fixed, self.expected = wants_fixed_shapes(), expected + num_draft_tokens
-        if self.fixed and self.selects:
-            capacity = self.config.index_topk
-        self.cache = Cache(self.config, plans, batch, capacity, self.config.compute_dtype, SLACK if self.drafts else 0,
-                           model.parallel.tensor)
+    def __init__(self, model, batch=1, capacity=FIRST_CAPACITY, num_draft_tokens=0, expected=0):
+        self.model, self.drafts = model, num_draft_tokens
+        plan = model.plan
+        self.depths = len(plan.mtp_layers) if num_draft_tokens else 0
+        policy = FixedShapes if device.wants_fixed_shapes() else OpenShapes
+        self.shapes = policy(plan, capacity, expected + num_draft_tokens)
+        self.cache = Cache(plan, plan.layers[:len(plan.trunk) + self.depths], batch, self.shapes.capacity,
+                           SLACK if self.drafts else 0, model.ranks.tensor)
         self.whole = True
 
-    def prefill(self, ids, chunk=512, on_prefill=None):
+    def prefill(self, ids, chunk=PREFILL_CHUNK, on_prefill=None):
         """Append ids int32 [B, T] to every sequence -> logits float32 [B, V] of their last token.
 
         In chunks of at most `chunk` rows; `on_prefill(length)` is called after each, with the length of the longest.
         """
         done, total = 0, len(ids[0])
-        self.expected = max(self.expected, int(self.cache.length.max()) + total + chunk)        # padding included
+        self.shapes.expect(int(self.cache.length.max()) + total + chunk)
         ahead = np.pad(ids, ((0, 0), (0, self.depths + chunk)))                 # what a drafting step reads ahead
         while done < total:
-            rows = self._rows(chunk, total - done)
-            logits = self._step(ahead[:, done:done + rows + self.depths], rows, min(rows, total - done))
-            self.keep(min(rows, total - done))
-            done += rows
+            rows = self.shapes.rows(self.cache, chunk, total - done)
+            count = min(rows, total - done)                                     # the others are padding
+            logits = self._step(ahead[:, done:done + rows + self.depths], rows, count)
+            self.keep(count)
+            done += count
             if on_prefill is not None:
                 on_prefill(int(self.cache.length.max()))
         return logits[:, -1]
@@ -94,53 +91,17 @@ class Engine:
         tokens = np.array([([0] * window + text[1:])[-window:] for text in texts], np.int32)
         starts = np.array([[len(text) - 1 - window] for text in texts], np.int32)
         step = self.model.function(Draft, self.cache.batch, self.drafts)
-        trunk = self.config.num_hidden_layers
-        memory = self.cache.tensors[trunk:][:min(self.drafts, self.depths)] + self.cache.tensors[-1:]
-        drafts, logits = step(ms.Tensor(tokens), ms.Tensor(starts), ms.mutable(memory))
+        drafts, logits = step(ms.Tensor(tokens), ms.Tensor(starts), step.arguments(self.cache))
         return drafts.asnumpy(), logits
-
-    def _rows(self, chunk, left):
-        """How many rows the next step of a prefill has, padding included.
-
-        DSA selects for all of them or for none, and memory is bounded.
-        """
-        rows, config = chunk if self.fixed else min(chunk, left), self.config
-        if not self.selects or self.fixed and gathers_no_rows(config):
-            return rows
-        length = int(self.cache.length.max())
-        if self.fixed:
-            if max(length + rows, self.cache.capacity) <= config.index_topk:
-                return rows
-            self.cache.reserve(self.expected)
-        elif length < config.index_topk:
-            return min(rows, config.index_topk - length)
-        gathered = config.index_topk * (config.kv_lora_rank + config.qk_rope_head_dim)
-        gathered *= DTYPE_BYTES[config.compute_dtype]
-        scored = self.cache.capacity * config.index_n_heads * DTYPE_BYTES["float32"]
-        return min(rows, max(1, CHUNK_BYTES // (self.cache.batch * max(gathered, scored))))
 
     def _step(self, ids, rows, count=None):
         """`rows` more rows; of a prefill, the first `count` are real."""
         self.whole = False
-        end = int(self.cache.length.max()) + rows
-        sparse = self.selects and end > self.config.index_topk
-        length, fixed, counted = rows if count is None else None, None, ()
-        if self.fixed:
-            sparse = sparse or self.selects and self.cache.capacity > self.config.index_topk
-            self.cache.reserve(max(end, self.expected) if sparse or not self.selects else end)
-            fixed = (None, self.cache.capacity) if count is None else (rows, self.cache.capacity)
-            counted = () if count is None else (ms.Tensor([count], ms.int32),)
-        else:
-            self.cache.reserve(end)
-        step = self.model.function(Step, self.cache.batch, length, sparse, self.drafts > 0, fixed)
+        prefill = count is not None
+        sparse, chunk, capacity = self.shapes.compiled(self.cache, rows, prefill)
+        step = self.model.function(Step, self.cache.batch, None if prefill else rows, sparse, self.drafts > 0, chunk,
+                                   capacity)
         starts = ms.Tensor(np.ascontiguousarray(self.cache.length[:, None], np.int32))
-        memory = self.cache.tensors
-        if count is None and self.drafts:                                       # the MTP layers wait for `draft`
-            memory = memory[:self.config.num_hidden_layers] + memory[-1:]
-        logits = step(ms.Tensor(np.ascontiguousarray(ids, np.int32)), starts, ms.mutable(memory), *counted)
+        counted = () if chunk is None else (ms.Tensor([count], ms.int32),)
+        logits = step(ms.Tensor(np.ascontiguousarray(ids, np.int32)), starts, step.arguments(self.cache), *counted)
         return logits.asnumpy()
-
-
-def wants_fixed_shapes():
-    """Ascend works best on a graph whose every shape is known; on a CPU padding would cost more than it saves."""
-    return ms.get_context("device_target") == "Ascend"

@@ -4,7 +4,7 @@ import signal
 import sys
 
 from pangu_ms.errors import PanguError, one_line
-from pangu_ms.generation.chat import ReplyParser
+from pangu_ms.text.reply import ReplyParser
 
 with contextlib.suppress(ImportError):  # arrow keys and history while typing, where the platform has them
     import readline  # noqa: F401
@@ -15,14 +15,14 @@ COMMANDS = "/clear forgets the conversation, /thinking on|off, /exit; Ctrl-C end
 def converse(template, stream, system=None, thinking=True, on_reply=None):
     """Talks until /exit, Ctrl-D, or Ctrl-C twice at the prompt.
 
-    A message that is refused (a context that does not fit) is forgotten; a reply that is cut short stays as it is.
+    A message that is refused (it does not fit into the context) is forgotten. A reply that is cut short stays.
 
     Args:
-        template (ChatTemplate):
-        stream: ids -> iterator of pieces with text, as `stream_generate` gives them.
+        template (ChatTemplate): of the checkpoint.
+        stream: gives the responses of a reply to ids, with text, as `stream_generate` does.
         system (str): the system message.
-        thinking (bool): whether replies begin with reasoning; /thinking changes it.
-        on_reply: called with the last piece of each reply.
+        thinking (bool): whether replies begin with reasoning. /thinking changes it.
+        on_reply: called with the last response of each reply.
     """
     first = [] if system is None else [{"role": "system", "content": system}]
     messages, interrupted = list(first), False
@@ -52,29 +52,30 @@ def converse(template, stream, system=None, thinking=True, on_reply=None):
         elif line:
             user = {"role": "user", "content": line}
             try:
-                reply, piece = show_reply(stream(template.render([*messages, user], thinking)), ReplyParser(thinking))
+                reply, response = show_reply(stream(template.render([*messages, user], thinking)),
+                                          ReplyParser(thinking, template.marks))
             except PanguError as error:
                 print(f"error: {one_line(error)}; /clear forgets the conversation", file=sys.stderr)
                 continue
-            if piece is not None:
+            if response is not None:
                 messages += [user, reply.message()]
                 if on_reply is not None:
-                    on_reply(piece)
+                    on_reply(response)
 
 
-def show_reply(pieces, parser):
+def show_reply(responses, parser):
     """Shows a reply as it comes; Ctrl-C ends it.
 
     Args:
-        pieces: iterator of pieces with text, as `stream_generate` gives them.
+        responses: the responses of the reply, with text, as `stream_generate` gives them.
         parser (ReplyParser): a new one.
 
     Returns:
-        (reply, piece): the `Reply` as far as it came, and its last piece, None when it was ended before the first.
+        (reply, response): the `Reply` as far as it came, and its last response, or None when none came.
     """
     last, part = None, None
     try:
-        for last in pieces:
+        for last in responses:
             part = _show(parser.push(last.text), part)
     except KeyboardInterrupt:
         print(" ...", end="", file=sys.stderr)
@@ -87,9 +88,14 @@ def show_reply(pieces, parser):
 
 
 def _show(parts, part):
-    """Answer and tool calls to stdout, reasoning to stderr: dim on a terminal, out of the way of a pipe.
+    """Prints answer and tool calls to stdout, and reasoning to stderr: out of the way of a pipe, and dim on a terminal.
 
-    `part` was shown before; the part shown last is returned.
+    Args:
+        parts: [(part, text)] of `ReplyParser`.
+        part: what was shown before.
+
+    Returns:
+        The part that was shown last.
     """
     for following, text in parts:
         if following == "reasoning":
@@ -104,10 +110,10 @@ def _show(parts, part):
 
 @contextlib.contextmanager
 def ctrl_c():
-    """Ctrl-C raises KeyboardInterrupt in here, and behind it again; for the main thread.
+    """In here, and afterwards, Ctrl-C raises KeyboardInterrupt. For the main thread.
 
-    Whenever a graph runs, MindSpore puts a handler in the place of Python's that answers Ctrl-C with SIGTERM to its own
-    process, and leaves it there. SIGTERM is therefore taken for Ctrl-C meanwhile.
+    Whenever a graph runs, MindSpore replaces Python's handler by one that answers Ctrl-C with SIGTERM to its own
+    process, and leaves it there. So SIGTERM raises KeyboardInterrupt in here, too.
     """
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

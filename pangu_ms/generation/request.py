@@ -5,14 +5,14 @@ from pathlib import Path
 
 from pangu_ms.errors import PanguError
 
-MAX_DRAFTS = 8  # what the cache of a drafting engine has room for, see SLACK in pangu_ms/model/step.py
+MAX_DRAFTS = 8  # what the cache of a drafting engine has room for, see SLACK in pangu_ms/generation/steps.py
 
 
-def check_request(config, ids, max_new_tokens, num_draft_tokens=0):
+def check_request(plan, ids, max_new_tokens, num_draft_tokens=0):
     """Refuses a prompt that the model cannot continue.
 
     Args:
-        config (PanguConfig): gives vocab_size, max_position_embeddings and num_nextn_predict_layers.
+        plan (Plan): gives the vocabulary, the number of positions and the MTP layers.
         ids (list[int]): the prompt, one sequence.
         max_new_tokens (int): how many tokens may follow it.
         num_draft_tokens (int): drafts a step; 0 is plain decoding.
@@ -27,21 +27,21 @@ def check_request(config, ids, max_new_tokens, num_draft_tokens=0):
     for position, token_id in enumerate(ids):
         if not isinstance(token_id, Integral):
             raise PanguError(f"token {position} of the prompt is {token_id!r}: wanted an integer")
-        if not 0 <= token_id < config.vocab_size:
+        if not 0 <= token_id < plan.vocab_size:
             raise PanguError(f"token {position} of the prompt is {token_id}, outside the vocabulary: "
-                             f"wanted 0 to {config.vocab_size - 1} (vocab_size {config.vocab_size})")
+                             f"wanted 0 to {plan.vocab_size - 1} (vocab_size {plan.vocab_size})")
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise PanguError(f"max_new_tokens is {max_new_tokens!r}: wanted an integer of at least 1")
-    room = config.max_position_embeddings - len(ids)
+    room = plan.max_positions - len(ids)
     if max_new_tokens > room:
         raise PanguError(f"{len(ids)} prompt tokens and max_new_tokens {max_new_tokens} pass max_position_embeddings "
-                         f"{config.max_position_embeddings}: " +
+                         f"{plan.max_positions}: " +
                          (f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt"))
     if not isinstance(num_draft_tokens, Integral) or not 0 <= num_draft_tokens <= MAX_DRAFTS:
         raise PanguError(f"num_draft_tokens is {num_draft_tokens!r}: wanted an integer from 0 to {MAX_DRAFTS}")
-    if num_draft_tokens and not config.num_nextn_predict_layers:
-        raise PanguError(f"num_draft_tokens is {num_draft_tokens}, and the checkpoint has no MTP layers to make drafts "
-                         "(num_nextn_predict_layers 0): ask for 0")
+    if num_draft_tokens and not plan.mtp_layers:
+        raise PanguError(f"num_draft_tokens is {num_draft_tokens}, and the checkpoint has no MTP layers to make them "
+                         "of: ask for 0")
 
 
 def find_eos_token_ids(config, directory) -> tuple[int, ...]:

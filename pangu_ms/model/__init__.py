@@ -1,4 +1,1 @@
-"""The network. Its cells are written to be compiled: importing this package turns MindSpore's graph mode on."""
-import mindspore as ms
-
-ms.set_context(mode=ms.GRAPH_MODE)
+"""The network: every formula of the model description stands here once, in the file with its name."""

@@ -1,73 +1,64 @@
-"""A trunk layer: attention and feed-forward, each inside a hyper-connection and between two norms (section 3)."""
+"""A layer: attention and feed-forward, each read off the residual and put back between two norms (sections 3 and 8).
+
+Trunk layers and MTP layers are the same but for their residual.
+"""
 from mindspore import nn, ops
 
-from pangu_ms.model.attention import Attention
+from pangu_ms.model.experts import MoELayer
 from pangu_ms.model.feed_forward import FeedForward
-from pangu_ms.model.hyper_connection import HyperConnection
-from pangu_ms.model.moe import MoE
+from pangu_ms.model.hyper_connection import HyperConnection, flatten
+from pangu_ms.model.latent_attention import LatentAttention
 from pangu_ms.model.norm import RMSNorm
-from pangu_ms.ops import operator
-from pangu_ms.ops.hyper_connection import flatten
+from pangu_ms.model.residual import residual_post, residual_post_pre, residual_pre
+from pangu_ms.parallel import collectives
 
 
 class Block(nn.Cell):
-    def __init__(self, config, plan, parallel):
+    """stream [B, T, N, H] (plain: [B, T, H]) -> stream, and the layer's pieces (`layer`)."""
+
+    def __init__(self, layer, plan, ranks):
         super().__init__()
-        hidden = config.hidden_size
-        self.attn_mhc_module = HyperConnection(config)
-        self.input_layernorm = RMSNorm(hidden, config)
-        self.self_attn = Attention(config, plan, parallel)
-        self.post_attention_layernorm = RMSNorm(hidden, config)
-        self.mlp_mhc_module = HyperConnection(config)
-        self.pre_mlp_layernorm = RMSNorm(hidden, config)
-        self.mlp = MoE(config, parallel) if plan.moe else FeedForward(config.intermediate_size, config, parallel)
-        self.post_mlp_layernorm = RMSNorm(hidden, config)
-        self.read, self.turn, self.write = (operator(f"decoding_{what}", config.compute_dtype)
-                                            for what in ("read", "turn", "write"))
-        self.copy, self.reduce = parallel.copy("tensor"), parallel.reduce("tensor")
-        self.moe, self.last_norm = plan.moe, plan.block_post_layernorm
-        if self.last_norm:
-            self.block_post_layernorm = RMSNorm(config.mhc_num_stream * hidden, config)
+        hidden = plan.hidden_size
+        self.moe, self.attn_gates, self.mlp_gates = layer.moe, None, None
+        if layer.residual:
+            self.attn_mhc_module = HyperConnection(plan, layer.residual)
+            self.attn_gates = self.attn_mhc_module.gates
+        self.input_layernorm = RMSNorm(hidden, plan)
+        self.self_attn = LatentAttention(layer.attention, plan, ranks)
+        self.post_attention_layernorm = RMSNorm(hidden, plan)
+        if layer.residual:
+            self.mlp_mhc_module = HyperConnection(plan, layer.residual)
+            self.mlp_gates = self.mlp_mhc_module.gates
+        self.pre_mlp_layernorm = RMSNorm(hidden, plan)
+        if self.moe:
+            self.mlp = MoELayer(layer.feed_forward, plan, ranks)
+        else:
+            self.mlp = FeedForward(layer.feed_forward.intermediate_size, plan, ranks)
+        self.post_mlp_layernorm = RMSNorm(hidden, plan)
+        self.copy, self.reduce = collectives.copy(ranks, "tensor"), collectives.reduce(ranks, "tensor")
+        self.block_norm = layer.block_norm
+        if self.block_norm:
+            self.block_post_layernorm = RMSNorm(layer.residual.streams * hidden, plan)
 
-    def construct(self, streams, rows, memory):
-        """streams [B, T, N, H] -> streams, and what the layer did: (attn, index, mlp, routing).
+    def construct(self, stream, step, cache):
+        return self.layer(stream, step, cache)
 
-        attn, mlp [B, T, H]; `index` of `Attention`, and () without DSA; `routing` of `MoE`, and () without experts.
+    def layer(self, stream, step, cache):
+        """-> stream, {"attn", "mlp" [B, T, H], what the sublayers give; "index", what DSA's indexer did, or (); and
+        "routing" of `route`, or ()}.
+
         What nobody uses of the second is dropped when the graph is compiled.
         """
-        if rows["decode"]:
-            return self._decode(streams, rows, memory), ()
-        x, post, mix = self.attn_mhc_module(streams)
-        attn, index = self.self_attn(self.input_layernorm(x), rows, memory)
-        streams = self.attn_mhc_module.write(self.post_attention_layernorm(attn), post, mix, streams)
-
-        x, post, mix = self.mlp_mhc_module(streams)
-        x = self.pre_mlp_layernorm(x)
+        x, back = residual_pre(stream, self.attn_gates, self.input_layernorm.handle, step)
+        attn, index = self.self_attn(x, step, cache)
+        stream, x, back = residual_post_pre(attn, self.post_attention_layernorm.handle, back, stream, self.mlp_gates,
+                                            self.pre_mlp_layernorm.handle, step)
         routing = ()
         if self.moe:
-            mlp, routing = self.mlp(x, rows["decode"])
+            mlp, routing = self.mlp(x, step)
         else:
             mlp = self.reduce(self.mlp(self.copy(x)))
-        streams = self.mlp_mhc_module.write(self.post_mlp_layernorm(mlp), post, mix, streams)
-
-        return self._finish(streams), (attn, index, mlp, routing)
-
-    def _decode(self, streams, rows, memory):
-        """The same for few tokens, by operators that take several of these steps at once."""
-        norm, attn_norm = self.input_layernorm, self.post_attention_layernorm
-        mlp_norm, last = self.pre_mlp_layernorm, self.post_mlp_layernorm
-        attn_mhc, mlp_mhc = self.attn_mhc_module, self.mlp_mhc_module
-        x, post, mix = self.read(streams, norm.weight, *attn_mhc.parameters(), norm.eps)
-        attn, _ = self.self_attn(x, rows, memory)
-        streams, x, post, mix = self.turn(attn, attn_norm.weight, post, mix, streams, mlp_norm.weight,
-                                          *mlp_mhc.parameters(), norm.eps)
-        if self.moe:
-            mlp, _ = self.mlp(x, True)
-        else:
-            mlp = self.reduce(self.mlp(x))
-        return self._finish(self.write(mlp, last.weight, post, mix, streams, last.eps))
-
-    def _finish(self, streams):
-        if self.last_norm:                                                      # one norm over all N * H values
-            streams = ops.reshape(self.block_post_layernorm(flatten(streams)), streams.shape)
-        return streams
+        stream = residual_post(mlp, self.post_mlp_layernorm.handle, back, stream, step)
+        if self.block_norm:                                                     # one norm over all N * H values
+            stream = ops.reshape(self.block_post_layernorm(flatten(stream)), stream.shape)
+        return stream, {"attn": attn, "index": index, "mlp": mlp, "routing": routing}

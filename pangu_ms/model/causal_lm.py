@@ -1,154 +1,85 @@
-"""openPangu-2.0: the network, and the compiled functions that run it."""
-import dataclasses
-
+"""The network of a plan: embedding, layers, final norm and head; the trunk first, then the MTP layers on its output."""
 import mindspore as ms
-import numpy as np
 from mindspore import nn, ops
-from mindspore.nn.utils import no_init_parameters
-from tqdm import tqdm
 
-from pangu_ms.errors import PanguError
 from pangu_ms.model.block import Block
 from pangu_ms.model.hyper_connection import StreamMerge
 from pangu_ms.model.linear import Embedding, Linear
 from pangu_ms.model.mtp import MTPLayer
 from pangu_ms.model.norm import RMSNorm
-from pangu_ms.model.parallel import Parallel
-from pangu_ms.model.rows import Rows, positions
-from pangu_ms.model.trace import MTPForward, TraceForward, collect_trace
+from pangu_ms.model.step_info import StepInfo, positions
+from pangu_ms.parallel import collectives
 
 
-class PanguModel(nn.Cell):
+class Decoder(nn.Cell):
     """Embedding, trunk layers, MTP layers (behind the trunk's in `layers`), stream merge, final norm."""
 
-    def __init__(self, config, parallel):
+    def __init__(self, plan, ranks):
         super().__init__()
-        self.embed_tokens = Embedding(config, parallel)
-        self.layers = nn.CellList([(MTPLayer if plan.mtp_depth else Block)(config, plan, parallel)
-                                   for plan in config.layers])
-        self.merge_mhc_module = StreamMerge(config)
-        self.norm = RMSNorm(config.hidden_size, config)
-        self.depth, self.streams = config.num_hidden_layers, config.mhc_num_stream
+        self.embed_tokens = Embedding(plan, ranks)
+        self.layers = nn.CellList([(MTPLayer if layer.mtp_depth else Block)(layer, plan, ranks)
+                                   for layer in plan.layers])
+        self.depth, self.streams = len(plan.trunk), plan.residual.streams if plan.residual else 0
+        if self.streams:
+            self.merge_mhc_module = StreamMerge(plan, plan.residual)
+        self.norm = RMSNorm(plan.hidden_size, plan)
 
-    def construct(self, ids, rows, memory):
-        """ids int32 [B, T] -> merged hidden [B, T, H] before the final norm, streams and pieces of each trunk layer."""
-        embedding = ops.expand_dims(self.embed_tokens(ids), 2)                  # [B, T, 1, H]
-        streams = ops.tile(embedding, (1, 1, self.streams, 1))                  # every stream starts as the embedding
-        trace = ()
+    def construct(self, ids, step, cache):
+        """ids int32 [B, T] -> hidden [B, T, H] before the final norm, (stream, pieces) of each trunk layer.
+
+        cache: None, or for each layer its tensors by name.
+        """
+        stream = self.embed_tokens(ids)                                         # [B, T, H]
+        if self.streams:                                                        # every stream starts as the embedding
+            stream = ops.tile(ops.expand_dims(stream, 2), (1, 1, self.streams, 1))
+        layers = ()
         for i in range(self.depth):
-            streams, pieces = self.layers[i](streams, rows, None if memory is None else memory[i])
-            trace = trace + ((streams,) + pieces,)
-        return self.merge_mhc_module(streams), trace
+            stream, pieces = self.layers[i](stream, step, None if cache is None else cache[i])
+            layers = layers + ((stream, pieces),)
+        return self.merge_mhc_module(stream) if self.streams else stream, layers
 
 
-class PanguForCausalLM(nn.Cell):
-    """`model(ids)`: int32 [B, T] -> logits float32 [B, T, vocab_size], the full sequence without a cache.
-
-    Every position sees what is before it; ids are a Tensor or anything numpy makes an array of. `mtp_logits`, `trace`
-    and the generation engine compile functions of their own around the same parameters. On several ranks all of them
-    are given the same ids, and get the same results.
+class CausalLM(nn.Cell):
+    """ids int32 [B, T] -> logits float32 [B, T, vocab_size], the full sequence without a cache.
 
     Args:
-        config (PanguConfig): of the whole model.
-        parallel (Parallel): what of it this process holds; default: all.
-
-    Raises:
-        ConfigError: it cannot be shared so (`Parallel.check`).
+        plan (Plan): of the whole model.
+        ranks (Ranks): which part of it this process holds.
     """
 
-    def __init__(self, config, parallel=None):
+    def __init__(self, plan, ranks):
         super().__init__()
-        self.config, self.parallel = config, parallel or Parallel()
-        self.parallel.check(config)
-        self.model = PanguModel(config, self.parallel)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size // self.parallel.tensor, config)
-        self.gather = self.parallel.gather()
-        self.rows = Rows(config, config.layers)
-        self.mtp_reads_merged = config.mtp_hidden == "merged"
-        self._functions = {}
-        self.set_train(False)
-
-    @classmethod
-    def from_pretrained(cls, directory, dtype="float32", progress=False, parallel=None):
-        """The model of a checkpoint directory, Hugging Face's layout or ours.
-
-        Args:
-            directory: holds config.json and model.safetensors, or an index with its shards.
-            dtype: "float32", "float16" or "bfloat16"; parameters that stay float32 (mHC, router) do so.
-            progress: show a bar of tensors on stderr.
-            parallel (Parallel): of this process, which reads no more than it holds; default: the whole model.
-
-        Raises:
-            PanguError: what `read_config` and `read_parameters` refuse: every missing, unexpected or
-                wrongly shaped tensor is listed by name, before any of them is read.
-        """
-        from pangu_ms.checkpoint.load import read_config, read_parameters  # here alone: the network knows no files
-
-        if dtype == "bfloat16" and ms.get_context("device_target") == "CPU":
-            raise PanguError("dtype is bfloat16, for which MindSpore has next to no operators on a CPU: take float32")
-        parallel = parallel or Parallel()
-        config = dataclasses.replace(read_config(directory), compute_dtype=dtype)
-        with no_init_parameters():
-            model = cls(config, parallel)
-        parameters = {parameter.name: parameter for parameter in model.get_parameters()}
-        exact = [name for name, parameter in parameters.items() if parameter.dtype == ms.float32]
-        with read_parameters(directory, config, dtype, exact, parallel.grid, parallel.model_rank) as tensors:
-            bar = tqdm(tensors, "loading", len(tensors), unit=" tensors", leave=False, disable=not progress)
-            for name, values in bar:
-                tensor = ms.Tensor.from_numpy(values)                           # shares the memory of `values`
-                if values.dtype == np.uint16:                                   # numpy has no bfloat16: its bits
-                    tensor = tensor.view(ms.bfloat16)
-                parameters[name].set_data(tensor)
-        return model
-
-    def __call__(self, ids):
-        return super().__call__(_as_ids(ids))
+        self.plan, self.ranks = plan, ranks
+        self.model = Decoder(plan, ranks)
+        self.lm_head = Linear(plan.hidden_size, plan.vocab_size // ranks.tensor, plan)
+        self.gather = collectives.gather_columns(ranks)
+        self.step_info = StepInfo(plan, plan.layers)
+        self.mtp_reads_merged = plan.mtp_hidden == "merged"
 
     def construct(self, ids):
-        merged, _ = self.model(ids, self.rows(positions(ids), None, False, True), None)
+        merged, _ = self.model(ids, self.whole(positions(ids), True), None)
         return self.logits(merged)
+
+    def whole(self, position, sparse):
+        """The `StepInfo` of a forward without a cache: position int32 [B, T]; sparse: DSA layers select."""
+        return self.step_info(position, None, False, sparse)
 
     def logits(self, merged):
         """Hidden [B, T, H] before the final norm -> float32 [B, T, vocab_size]."""
         return self.head(self.model.norm(merged))
 
     def head(self, normed):
+        """Hidden [B, T, H] behind the final norm, or an MTP layer's -> float32 [B, T, vocab_size]."""
         return self.gather(ops.cast(self.lm_head(normed), ms.float32))
 
     def mtp_hidden(self, merged):
-        """What depth 1 reads: public sources differ on whether it is normed (`mtp_hidden` of the config)."""
+        """What depth 1 reads: public sources differ on whether it is normed (`Plan.mtp_hidden`)."""
         return merged if self.mtp_reads_merged else self.model.norm(merged)
 
-    def mtp(self, depth, ahead, hidden, rows, memory):
+    def mtp(self, depth, ahead, hidden, step, cache):
         """One MTP depth: ahead int32 [B, T], for each row p the token at p + depth; hidden [B, T, H], of depth - 1.
 
-        memory: None, or the layer's tensors -> hidden [B, T, H], for `mtp_head` and the next depth, and the layer's
-        routing.
+        cache: None, or the layer's tensors by name -> hidden [B, T, H], for the next depth; normed [B, T, H], of which
+        row p of the head's logits predicts the token at p + depth + 1; the layer's pieces.
         """
-        return self.model.layers[self.model.depth + depth - 1](self.model.embed_tokens(ahead), hidden, rows, memory)
-
-    def mtp_head(self, depth, hidden):
-        """-> float32 [B, T, vocab_size]: row p predicts the token at p + depth + 1."""
-        return self.head(self.model.layers[self.model.depth + depth - 1].shared_head(hidden))
-
-    def mtp_logits(self, ids):
-        """ids int32 [B, T] -> a list over depth d = 1 .. D of float32 [B, T - d, vocab_size].
-
-        Row p of depth d has seen ids[: p + d + 1] and predicts ids[p + d + 1]. Depths from T on have no row and are
-        left out.
-        """
-        return self.function(MTPForward)(_as_ids(ids))
-
-    def trace(self, ids):
-        """The pieces of a full forward, for comparing implementations; see `pangu_ms.model.trace`."""
-        return collect_trace(self.config, self.function(TraceForward)(_as_ids(ids)))
-
-    def function(self, cell, *arguments):
-        """The one instance of a compiled function of this model: `cell(model, *arguments)`, kept for the next call."""
-        if (cell, arguments) not in self._functions:
-            self._functions[cell, arguments] = cell(self, *arguments)
-        return self._functions[cell, arguments]
-
-
-def _as_ids(ids):
-    return ids if isinstance(ids, ms.Tensor) else ms.Tensor(np.asarray(ids, np.int32))
+        return self.model.layers[self.model.depth + depth - 1](self.model.embed_tokens(ahead), hidden, step, cache)

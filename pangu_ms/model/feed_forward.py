@@ -1,23 +1,30 @@
 """The dense feed-forward layer, also the shared expert of the MoE layers."""
 from mindspore import nn
 
-from pangu_ms.model.linear import Linear
-from pangu_ms.ops import operator
+from pangu_ms.device import replaceable
+from pangu_ms.model.elementary import swiglu
+from pangu_ms.model.linear import Linear, linear
+
+
+@replaceable
+def feed_forward(x, matrices):
+    """x [..., H] -> down(silu(gate(x)) * up(x)) [..., H]. matrices: gate and up [F, H], down [H, F]."""
+    return linear(swiglu(linear(x, matrices["gate"]), linear(x, matrices["up"])), matrices["down"])
 
 
 class FeedForward(nn.Cell):
-    """SwiGLU: x [..., H] -> down_proj(silu(gate_proj(x)) * up_proj(x)) [..., H].
+    """SwiGLU: x [..., H] -> [..., H].
 
     On several tensor parallel ranks the part that this rank's share of the width adds, which the caller sums.
     """
 
-    def __init__(self, width, config, parallel):
+    def __init__(self, width, plan, ranks):
         super().__init__()
-        width = width // parallel.tensor
-        self.gate_proj = Linear(config.hidden_size, width, config)
-        self.up_proj = Linear(config.hidden_size, width, config)
-        self.down_proj = Linear(width, config.hidden_size, config)
-        self.feed_forward = operator("feed_forward", config.compute_dtype)
+        width = width // ranks.tensor
+        self.gate_proj = Linear(plan.hidden_size, width, plan)
+        self.up_proj = Linear(plan.hidden_size, width, plan)
+        self.down_proj = Linear(width, plan.hidden_size, plan)
+        self.matrices = {"gate": self.gate_proj.matrix, "up": self.up_proj.matrix, "down": self.down_proj.matrix}
 
     def construct(self, x):
-        return self.feed_forward(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+        return feed_forward(x, self.matrices)

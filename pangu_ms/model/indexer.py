@@ -1,55 +1,106 @@
-"""DSA's lightning indexer: which `index_topk` rows a query of the main attention may see (section 6)."""
+"""DSA's lightning indexer: which `topk` rows a query of the main attention may see (section 6)."""
 import mindspore as ms
-import numpy as np
 from mindspore import nn, ops
 
-from pangu_ms.model.linear import Linear
-from pangu_ms.model.norm import RMSNorm
-from pangu_ms.ops import operator
-from pangu_ms.ops.attention import index_scores
+from pangu_ms.cache.rings import append
+from pangu_ms.device import replaceable
+from pangu_ms.model.elementary import MASKED, top_k
+from pangu_ms.model.linear import Linear, linear
+from pangu_ms.model.norm import RMSNorm, rms_norm
+from pangu_ms.model.rope import apply_rope
+
+
+def index_scores(q, keys, weight):
+    """q [B, T, heads, D], keys [B, S, D], weight [B, T, heads] -> float32 [B, T, S], not masked."""
+    b, s, d = keys.shape
+    each = ops.BatchMatMul(transpose_b=True)(ops.reshape(q, (b, -1, d)), keys)  # [B, T * heads, S]
+    each = ops.reshape(ops.relu(ops.cast(each, ms.float32)), (b, -1, weight.shape[2], s))
+    return ops.squeeze(ops.matmul(ops.expand_dims(ops.cast(weight, ms.float32), 2), each), 2)
+
+
+def index_rows(x, weights, step):
+    """The indexer's keys of x [B, T, H], the layer's normed input -> [B, T, D], normed and rotated."""
+    key = ops.expand_dims(rms_norm(linear(x, weights["key"]), weights["key_norm"]), 2)
+    return ops.squeeze(apply_rope(key, step["cos"], step["sin"], 0), 2)         # unlike in the main heads, first
+
+
+def index_query(x, q_latent, weights, step):
+    """-> q [B, T, heads, D], rotated, and the heads' weights float32 [B, T, heads].
+
+    q_latent [B, T, q_lora_rank], after convolution and norm. The scale has no effect on the ranking; the indexer's loss
+    needs it.
+    """
+    weight = ops.cast(linear(x, weights["head_weights"]), ms.float32)           # [B, T, heads]
+    heads = weight.shape[-1]
+    q = ops.reshape(linear(q_latent, weights["query"]), (x.shape[0], -1, heads, weights["dim"]))
+    return apply_rope(q, step["cos"], step["sin"], 0), weight * weights["scale"]
+
+
+@replaceable
+def append_index_rows(x, weights, kept, step):
+    """`index_rows` of x are written to the cache's tensor kept [B * S, D] -> kept."""
+    return append(kept, index_rows(x, weights, step), step["slots"])
+
+
+@replaceable
+def select_rows(x, q_latent, weights, kept, step):
+    """`append_index_rows`, then the best rows for each query -> positions int32 [B, T, topk], and kept.
+
+    What a query that has fewer earlier rows is given besides lies behind it, or below 0, for `sparse_attention` to
+    leave out.
+    """
+    kept = append_index_rows(x, weights, kept, step)
+    past = ops.reshape(kept, (x.shape[0], -1, kept.shape[1]))                   # [B, S, D]
+    q, weight = index_query(x, q_latent, weights, step)
+    return topk_indices(q, past, weight, step["position"], weights["topk"]), kept
+
+
+@replaceable
+def topk_indices(q, keys, weight, position, k):
+    """The k rows up to each query's position int32 [B, T] that score best -> int32 [B, T, k].
+
+    Arguments of `index_scores`.
+    """
+    scores = index_scores(q, keys, weight)
+    behind = ops.arange(keys.shape[1], dtype=position.dtype) > ops.expand_dims(position, 2)
+    return top_k(ops.masked_fill(scores, behind, MASKED), k)
+
+
+def topk_mask(scores, causal, k):
+    """bool [B, T, S]: the k best of each query's earlier rows, all of them while there are no more.
+
+    scores float32 [B, T, S]; causal bool [B, T, S]: which rows are earlier ones.
+    """
+    if scores.shape[-1] <= k:
+        return causal
+    chosen = top_k(ops.stop_gradient(scores), k)                                # choosing has no gradient
+    ones = ops.ones_like(chosen, dtype=scores.dtype)
+    picked = ops.tensor_scatter_elements(ops.zeros_like(scores), chosen, ones, -1)
+    return ops.logical_and(picked > 0, causal)
 
 
 class Indexer(nn.Cell):
-    def __init__(self, config):
+    """The indexer of one layer."""
+
+    def __init__(self, indexer, attention, plan):
         super().__init__()
-        self.heads, self.dim = config.index_n_heads, config.index_head_dim
-        self.wq_b = Linear(config.q_lora_rank, self.heads * self.dim, config)
-        self.wk = Linear(config.hidden_size, self.dim, config)
-        self.k_norm = RMSNorm(self.dim, config)
-        self.weights_proj = Linear(config.hidden_size, self.heads, config)
-        self.scale = self.heads ** -0.5 * self.dim ** -0.5  # no effect on the ranking; the KL loss needs it
-        self.all = ms.Tensor(np.arange(config.index_topk), ms.int32)
-        self.rotate = operator("rotate", config.compute_dtype)
-        self.choice = operator("choose", config.compute_dtype)
-        self.index_row, self.select = (operator(f"decoding_{what}", config.compute_dtype)
-                                       for what in ("index_row", "select"))
+        dim = indexer.head_dim
+        self.wq_b = Linear(attention.q_lora_rank, indexer.num_heads * dim, plan)
+        self.wk = Linear(plan.hidden_size, dim, plan)
+        self.k_norm = RMSNorm(dim, plan)
+        self.weights_proj = Linear(plan.hidden_size, indexer.num_heads, plan)
+        self.weights = {"query": self.wq_b.matrix, "key": self.wk.matrix, "key_norm": self.k_norm.handle,
+                        "head_weights": self.weights_proj.matrix, "dim": dim, "topk": indexer.topk,
+                        "scale": indexer.num_heads ** -0.5 * dim ** -0.5}
 
-    def keys(self, x, rows):
-        """x [B, T, H], the layer's normed input -> [B, T, index_head_dim], normed and rotated."""
-        key = ops.expand_dims(self.k_norm(self.wk(x)), 2)
-        return ops.squeeze(self.rotate(key, rows["cos"], rows["sin"], 0), 2)    # unlike in the main heads, first
+    def construct(self, x, q_latent, step):
+        """Scores of x's rows for x's queries, without a cache -> float32 [B, T, T], not masked."""
+        return self.scores(x, q_latent, self.rows(x, step), step)
 
-    def construct(self, x, q_latent, keys, rows):
-        """q_latent [B, T, q_lora_rank], after conv and norm; keys [B, S, D] -> scores float32 [B, T, S], not masked."""
-        q, weight = self._query(x, q_latent, rows)
+    def scores(self, x, q_latent, keys, step):
+        """Of keys [B, S, D] that `rows` gave -> float32 [B, T, S], not masked."""
+        q, weight = index_query(x, q_latent, self.weights, step)
         return index_scores(q, keys, weight)
 
-    def choose(self, x, q_latent, keys, rows):
-        """The same, then the best rows of each query -> int32 [B, T, index_topk], for `selected_attention`."""
-        q, weight = self._query(x, q_latent, rows)
-        return self.choice(q, keys, weight, rows["position"], self.all.shape[0])
-
-    def _query(self, x, q_latent, rows):
-        q = ops.reshape(self.wq_b(q_latent), (x.shape[0], -1, self.heads, self.dim))
-        weight = ops.cast(self.weights_proj(x), ms.float32) * self.scale
-        return self.rotate(q, rows["cos"], rows["sin"], 0), weight
-
-    def keep(self, x, kept, rows):
-        """Decoding: the keys of x [B, T, H] are written to kept [B * S, D] -> they, [B, T, D]."""
-        return self.index_row(x, self.wk.weight, self.k_norm.weight, kept, rows["position"], rows["cos"], rows["sin"],
-                              self.k_norm.eps)
-
-    def decode(self, x, q_latent, kept, rows):
-        """Decoding: `keep`, then the best rows of each query -> positions int32 [B, T, index_topk], some behind it."""
-        return self.select(x, self.wk.weight, self.k_norm.weight, kept, rows["position"], rows["cos"], rows["sin"],
-                           q_latent, self.wq_b.weight, self.weights_proj.weight, self.all, self.k_norm.eps)
+    def rows(self, x, step):
+        return index_rows(x, self.weights, step)

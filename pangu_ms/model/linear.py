@@ -1,42 +1,61 @@
-"""A projection without bias, and how parameters are made."""
+"""Projections without biases, and the handle by which formulas take a matrix.
+
+A matrix is a dictionary of parameters: {"weight": [O, I]}, or stacked [E, O, I] for experts. Another kind of matrix
+(int8 with a scale for each row, a frozen matrix with a low-rank pair beside it) has other keys and no "weight":
+`linear` and `dense_weight` understand it, and an operator that takes a weight refuses it when the graph is compiled. No
+cell reads the weight of another past its handle. Handles of larger parts are dictionaries of these, put together when a
+cell is made: in a graph they cost nothing.
+"""
 import mindspore as ms
 from mindspore import nn, ops
 from mindspore.common.initializer import Normal, initializer
 
-from pangu_ms.model.parallel import own_part
-from pangu_ms.ops import operator
+from pangu_ms.device import replaceable
+from pangu_ms.parallel import collectives
 
 
-def parameter(shape, config, dtype=None, init=None):
-    """A trainable Parameter, by default of the model's compute dtype and drawn from normal(0, initializer_range)."""
-    dtype = getattr(ms, config.compute_dtype) if dtype is None else dtype
-    return ms.Parameter(initializer(Normal(config.initializer_range) if init is None else init, shape, dtype))
+@replaceable
+def linear(x, matrix):
+    """x [..., I] -> [..., O], in the dtype of both."""
+    return ops.dense(x, dense_weight(matrix))
+
+
+def dense_weight(matrix):
+    """The numbers of a matrix [O, I] or [E, O, I], for formulas that take it apart."""
+    return matrix["weight"]
+
+
+def parameter(shape, plan, dtype=None, init=None):
+    """A trainable Parameter, by default of the plan's dtype and drawn from normal(0, initializer_range)."""
+    dtype = getattr(ms, plan.dtype) if dtype is None else dtype
+    return ms.Parameter(initializer(Normal(plan.initializer_range) if init is None else init, shape, dtype))
 
 
 class Linear(nn.Cell):
-    """x [..., I] -> [..., O] with `weight` [O, I], the orientation of the checkpoint."""
+    """x [..., I] -> [..., O] by `weight` [O, I], the orientation of the checkpoint."""
 
-    def __init__(self, in_features, out_features, config, dtype=None):
+    def __init__(self, in_features, out_features, plan, dtype=None):
         super().__init__()
-        self.weight = parameter((out_features, in_features), config, dtype)
-        self.linear = operator("linear", self.weight.dtype)
+        self.weight = parameter((out_features, in_features), plan, dtype)
+        self.matrix = {"weight": self.weight}
 
     def construct(self, x):
-        return self.linear(x, self.weight)
+        return linear(x, self.matrix)
 
 
 class Embedding(nn.Cell):
     """ids int32 [B, T] -> [B, T, H]. Of several tensor parallel ranks each has a range of the ids."""
 
-    def __init__(self, config, parallel):
+    def __init__(self, plan, ranks):
         super().__init__()
-        self.count, self.divided = config.vocab_size // parallel.tensor, parallel.tensor > 1
-        self.first, self.reduce = parallel.tensor_rank * self.count, parallel.reduce("tensor")
-        self.weight = parameter((self.count, config.hidden_size), config)
+        self.count, self.sharded = plan.vocab_size // ranks.tensor, ranks.tensor > 1
+        self.first, self.reduce = ranks.tensor_rank * self.count, collectives.reduce(ranks, "tensor")
+        self.weight = parameter((self.count, plan.hidden_size), plan)
 
     def construct(self, ids):
-        if not self.divided:
+        if not self.sharded:
             return ops.gather(self.weight, ids, 0)
-        own, place = own_part(ids, self.first, self.count)
-        rows = ops.gather(self.weight, place, 0)
+        place = ids - self.first
+        own = ops.logical_and(place >= 0, place < self.count)
+        rows = ops.gather(self.weight, ops.select(own, place, ops.zeros_like(place)), 0)
         return self.reduce(rows * ops.cast(ops.expand_dims(own, -1), rows.dtype))

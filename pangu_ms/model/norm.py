@@ -1,18 +1,26 @@
 """Root-mean-square norm."""
-from mindspore import nn
+import mindspore as ms
+from mindspore import nn, ops
 
+from pangu_ms.device import replaceable
 from pangu_ms.model.linear import parameter
-from pangu_ms.ops import operator
+
+
+@replaceable
+def rms_norm(x, norm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, computed in float32. x [..., D], weight [D]."""
+    wide = ops.cast(x, ms.float32)
+    scale = ops.rsqrt(ops.mean(ops.square(wide), -1, keep_dims=True) + norm["eps"])
+    return ops.cast(wide * scale * ops.cast(norm["weight"], ms.float32), x.dtype)
 
 
 class RMSNorm(nn.Cell):
-    """x [..., dim] -> x / sqrt(mean(x^2) + eps) * weight, computed in float32."""
+    """x [..., dim] -> [..., dim]."""
 
-    def __init__(self, dim, config, eps=None):
+    def __init__(self, dim, plan):
         super().__init__()
-        self.eps = config.rms_norm_eps if eps is None else eps
-        self.weight = parameter((dim,), config, init="ones")
-        self.rms_norm = operator("rms_norm", config.compute_dtype)
+        self.weight = parameter((dim,), plan, init="ones")
+        self.handle = {"weight": self.weight, "eps": plan.rms_norm_eps}
 
     def construct(self, x):
-        return self.rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.handle)

@@ -1,32 +1,59 @@
-"""Rotary position embedding: angles from positions (section 5 of the model description)."""
+"""Rotary position embedding: angles from positions, and the rotation (section 5)."""
 import mindspore as ms
 import numpy as np
 from mindspore import nn, ops
 
-from pangu_ms.ops import operator
+from pangu_ms.device import replaceable
 
 STRIDE = 1024
 
 
+@replaceable
+def apply_rope(x, cos, sin, start):
+    """Rotate the dimensions start .. start + 2h - 1 by half-split pairs; the others stay as they are.
+
+    Dimension start + i is paired with start + i + h. x [B, T, heads, D], cos and sin [B, T, 1, h], float32.
+    """
+    wide, half = ops.cast(x, ms.float32), cos.shape[-1]
+    first, second = wide[..., start:start + half], wide[..., start + half:start + 2 * half]
+    parts = (first * cos - second * sin, second * cos + first * sin)
+    if start > 0:
+        parts = (wide[..., :start],) + parts
+    if start + 2 * half < x.shape[-1]:
+        parts = parts + (wide[..., start + 2 * half:],)
+    return ops.cast(ops.cat(parts, -1), x.dtype)
+
+
+@replaceable
+def rotary_angles(coarse, fine, position):
+    """position int32 [B, T] -> cos and sin [B, T, 1, h], by the addition theorem; see `RotaryAngles`.
+
+    coarse [.., 2h] and fine [S, 2h]: cosines, then sines, of the multiples of S and of 0 .. S - 1.
+    """
+    position = ops.expand_dims(ops.maximum(position, 0), 2)                     # rows before the text mean nothing
+    stride, half = fine.shape[0], fine.shape[1] // 2
+    coarse, fine = ops.gather(coarse, position // stride, 0), ops.gather(fine, position % stride, 0)
+    (cos_a, sin_a), (cos_b, sin_b) = ops.split(coarse, half, -1), ops.split(fine, half, -1)
+    return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+
+
 class RotaryAngles(nn.Cell):
-    """position int32 [B, T] -> cos and sin, float32 [B, T, 1, qk_rope_head_dim / 2], exact to float32 at any position.
+    """position int32 [B, T] -> cos and sin, float32 [B, T, 1, rope_dim / 2], exact to float32 at any position.
 
     A float32 product of position and frequency is off by 0.03 radians at 500,000 tokens. So a position is split into a
     multiple of STRIDE and a rest, whose cosines and sines come from two tables made in float64, and are joined by
     the addition theorem.
     """
 
-    def __init__(self, config):
+    def __init__(self, plan):
         super().__init__()
-        dim = config.qk_rope_head_dim
-        frequency = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+        frequency = plan.rope_theta ** (-np.arange(0, plan.rope_dim, 2, dtype=np.float64) / plan.rope_dim)
         # One multiple more than there are positions: drafts may be computed past the last one, and are not used.
-        self.coarse = _table(np.arange(-(-config.max_position_embeddings // STRIDE) + 1) * STRIDE, frequency)
+        self.coarse = _table(np.arange(-(-plan.max_positions // STRIDE) + 1) * STRIDE, frequency)
         self.fine = _table(np.arange(STRIDE), frequency)
-        self.angles = operator("rotary_angles", ms.float32)
 
     def construct(self, position):
-        cos, sin = self.angles(position, self.coarse, self.fine)
+        cos, sin = rotary_angles(self.coarse, self.fine, position)
         return ops.stop_gradient(cos), ops.stop_gradient(sin)
 
 

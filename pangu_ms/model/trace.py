@@ -13,7 +13,12 @@ The keys, with L trunk layers, n of them DSA, m of them MoE:
 import numpy as np
 from mindspore import nn, ops
 
-from pangu_ms.model.rows import positions
+from pangu_ms.model.step_info import positions
+
+
+def tokens_ahead(values, depth):
+    """[B, T] -> row p holds the value of row p + depth; the last `depth` rows hold zero."""
+    return ops.cat((values[:, depth:], ops.zeros_like(values[:, :depth])), 1)
 
 
 class MTPForward(nn.Cell):
@@ -22,53 +27,59 @@ class MTPForward(nn.Cell):
     def __init__(self, causal_lm):
         super().__init__(auto_prefix=False)  # the parameters keep the names they have in the model
         self.causal_lm = causal_lm
-        self.depths = causal_lm.config.num_nextn_predict_layers
+        self.depths = len(causal_lm.plan.mtp_layers)
 
     def construct(self, ids):
-        rows = self.causal_lm.rows(positions(ids), None, False, True)
-        merged, _ = self.causal_lm.model(ids, rows, None)
-        return [logits for _, logits in _mtp_depths(self.causal_lm, self.depths, ids, merged, rows)]
+        step = self.causal_lm.whole(positions(ids), True)
+        merged, _ = self.causal_lm.model(ids, step, None)
+        return [logits for _, logits in _mtp_depths(self.causal_lm, self.depths, ids, merged, step)]
 
 
 class TraceForward(nn.Cell):
-    """ids int32 [B, T] -> (merged, final, logits), pieces of each trunk layer, (hidden, logits) of each MTP depth."""
+    """ids int32 [B, T] -> (merged, final, logits), (stream, pieces) of each trunk layer, (hidden, logits) of each MTP
+    depth."""
 
     def __init__(self, causal_lm):
         super().__init__(auto_prefix=False)
         self.causal_lm = causal_lm
-        self.depths = causal_lm.config.num_nextn_predict_layers
+        self.depths = len(causal_lm.plan.mtp_layers)
 
     def construct(self, ids):
-        rows = self.causal_lm.rows(positions(ids), None, False, True)
-        merged, layers = self.causal_lm.model(ids, rows, None)
+        step = self.causal_lm.whole(positions(ids), True)
+        merged, layers = self.causal_lm.model(ids, step, None)
         last = merged, self.causal_lm.model.norm(merged), self.causal_lm.logits(merged)
-        return last, layers, _mtp_depths(self.causal_lm, self.depths, ids, merged, rows)
+        shown = ()
+        for stream, pieces in layers:                                           # what a trace has no key for is dropped
+            index, routing = pieces["index"], pieces["routing"]
+            if len(index) > 0:
+                index = index["scores"], index["selected"]
+            if len(routing) > 0:
+                routing = routing["ids"], routing["weights"]
+            shown = shown + ((stream, pieces["attn"], pieces["mlp"], index, routing),)
+        return last, shown, _mtp_depths(self.causal_lm, self.depths, ids, merged, step)
 
 
-def _mtp_depths(causal_lm, depths, ids, merged, rows):
+def _mtp_depths(causal_lm, depths, ids, merged, step):
     hidden, found = causal_lm.mtp_hidden(merged), ()
     for depth in range(1, min(depths, ids.shape[1] - 1) + 1):                   # a depth needs a token to read
         # The last `depth` rows have no token to read: what they give is cut off, and no other row sees them.
-        ahead = ops.cat((ids[:, depth:], ops.zeros_like(ids[:, :depth])), 1)
-        hidden, _ = causal_lm.mtp(depth, ahead, hidden, rows, None)
-        found = found + ((hidden[:, :-depth], causal_lm.mtp_head(depth, hidden)[:, :-depth]),)
+        hidden, normed, _ = causal_lm.mtp(depth, tokens_ahead(ids, depth), hidden, step, None)
+        found = found + ((hidden[:, :-depth], causal_lm.head(normed)[:, :-depth]),)
     return found
 
 
-def collect_trace(config, outputs):
+def collect_trace(plan, outputs):
     """The outputs of `TraceForward` as the dictionary above, numpy arrays."""
     (merged, final, logits), layers, depths = outputs
-    trunk = config.layers[:config.num_hidden_layers]
     batch, length = merged.shape[:2]
-    streams, attn, index, mlp, routing = zip(*layers)
+    streams, attn, mlp, index, routing = zip(*layers)
     trace = {"streams": _stack(streams), "attn": _stack(attn), "mlp": _stack(mlp)}
-    if dsa := [plan.index for plan in trunk if plan.kind == "dsa"]:
+    if dsa := [layer.index for layer in plan.trunk if layer.attention.kind == "dsa"]:
         trace["index_layers"] = np.array(dsa, np.int32)
         trace["index_scores"] = _stack(index[i][0] for i in dsa)
         trace["index_sel"] = _stack(index[i][1] for i in dsa).astype(np.uint8)
-    if moe := [plan.index for plan in trunk if plan.moe]:
-        shape = (len(moe), batch, length, config.num_experts_per_tok)
-        chosen, weights = (_stack(routing[i][j] for i in moe).reshape(shape) for j in (0, 1))
+    if moe := [layer.index for layer in plan.trunk if layer.moe]:
+        chosen, weights = (_stack(routing[i][j] for i in moe).reshape(len(moe), batch, length, -1) for j in (0, 1))
         order = chosen.argsort(-1)
         trace["router_layers"] = np.array(moe, np.int32)
         trace["router_ids"] = np.take_along_axis(chosen, order, -1)

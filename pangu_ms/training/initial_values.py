@@ -4,9 +4,9 @@ import math
 import mindspore as ms
 import numpy as np
 
-from pangu_ms.checkpoint.layout import cut, sliced
-from pangu_ms.checkpoint.names import parameters
-from pangu_ms.training.settings import TrainingSettings
+from pangu_ms.architectures import tensors
+from pangu_ms.checkpoint.layout import sliced
+from pangu_ms.training.objectives.settings import TrainingSettings
 
 MHC_ALPHA = 0.01
 
@@ -21,37 +21,29 @@ def initialize(causal_lm, seed, settings=TrainingSettings()):
     selection bias. A hyper-connection reads a little more of stream l mod N than of the others for layer l, writes to
     all streams alike, and leaves a little more of each stream in its place.
     """
-    config, parallel, draw = causal_lm.config, causal_lm.parallel, np.random.default_rng(seed)
-    known = parameters(config)
+    known, draw = tensors.parameters(causal_lm.config), np.random.default_rng(seed)
     for name, parameter in sorted(causal_lm.parameters_dict().items()):
-        values = _values(name, known[name].shape, config, settings, draw)       # on all ranks, of which each has a part
-        values = cut(values, sliced(known[name], parallel.grid, parallel.model_rank)).astype(np.float32)
+        values = initial_values(known[name], causal_lm.plan, settings, draw)   # on all ranks, of which each has a part
+        values = sliced(known[name], causal_lm.ranks.model).view(values).astype(np.float32)
         parameter.set_data(ms.Tensor(values).astype(parameter.dtype))
 
 
-def _values(name, shape, config, settings, draw):
-    kind = name.split(".")[-2] if name.endswith(".weight") else name.split(".")[-1]
-    streams = config.mhc_num_stream
-    if kind in ("post_attention_layernorm", "post_mlp_layernorm"):
-        return np.full(shape, settings.post_norm_init)
-    if "norm" in kind:                                                          # norm_gamma too
-        return np.ones(shape)
-    if kind == "e_score_correction_bias" or kind.endswith("conv"):
-        return np.zeros(shape)
-    if kind in ("branch_alpha", "branch_alpha_pre"):
-        return np.full(shape, MHC_ALPHA)
-    if kind == "branch_beta_pre":                                               # of the merge: all streams alike
-        return np.zeros(shape)
-    if kind == "branch_beta":
-        layer = int(name.split(".")[2])
-        pre = np.eye(streams)[(layer + 1) % streams]
+def initial_values(tensor, plan, settings, draw):
+    """float64 values of one of the tensors of a plan, drawn from the generator `draw`."""
+    kind, shape = tensor.initial, tensor.shape
+    if kind == tensors.STREAM_GATES:
+        streams = plan.residual.streams
+        pre = np.eye(streams)[(tensor.layer.index + 1) % streams]
         return np.concatenate((pre, np.zeros(streams), np.eye(streams).ravel()))
-    if kind == "embed_tokens":
-        return _truncated(draw, shape) * config.hidden_size ** -0.5
-    routed = ".mlp.experts." in name or kind == "gate"
-    std = settings.moe_init_std if routed else config.initializer_range
-    if kind in ("o_proj", "down_proj"):
-        std /= math.sqrt(2 * config.num_hidden_layers)
+    if kind == tensors.EMBEDDING:
+        return _truncated(draw, shape) * plan.hidden_size ** -0.5
+    constants = {tensors.ONE: 1.0, tensors.ZERO: 0.0, tensors.POST_NORM: settings.post_norm_init,
+                 tensors.ALPHA: MHC_ALPHA}
+    if kind in constants:
+        return np.full(shape, constants[kind])
+    std = settings.moe_init_std if kind in (tensors.ROUTED, tensors.ROUTED_OUTPUT) else plan.initializer_range
+    if kind in (tensors.OUTPUT, tensors.ROUTED_OUTPUT):
+        std /= math.sqrt(2 * len(plan.trunk))
     return draw.standard_normal(shape) * std
 
 

@@ -8,21 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
-from pangu_ms.checkpoint.names import INT8, mtp_copies, parameters
-from pangu_ms.config import PanguConfig
+from pangu_ms.architectures import config_from_dict
+from pangu_ms.architectures.fields import Config
+from pangu_ms.architectures.tensors import FLOAT32, INT8, mtp_copies, parameters
 
 CODES = {"<f4": "F32", "<f2": "F16", "<u2": "BF16", "|i1": "I8"}
 # Even numbers of heads, experts, rows and tokens, so that 2 and 4 ranks can share the model.
 SLICEABLE = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 200, "n_routed_experts": 8}
+# A dense layer, one with experts and an MTP layer, so small that a conversion takes a few milliseconds.
+SMALL = {"num_hidden_layers": 2, "num_nextn_predict_layers": 1, "dsa_layers": [0], "swa_layers": [1],
+         "sliding_window_list": [7], "block_post_layernorm_idx": [1], "n_routed_experts": 2, "num_experts_per_tok": 1,
+         "vocab_size": 16, "hidden_size": 8}
 
 
-def config(data: Path, **changes) -> PanguConfig:
+def config(data: Path, **changes) -> Config:
     """The tiny golden config with some fields changed."""
-    return PanguConfig.from_dict(json.loads((data / "tiny" / "config.json").read_text()) | changes)
+    return config_from_dict(json.loads((data / "tiny" / "config.json").read_text()) | changes)
 
 
-def tensors(config: PanguConfig, dtype: str = "bfloat16", seed: int = 0, int8: bool = False) -> dict[str, np.ndarray]:
-    """Random tensors under the release's names; bfloat16 as uint16, the router's correction biases in float32."""
+def tensors(config: Config, dtype: str = "bfloat16", seed: int = 0, int8: bool = False) -> dict[str, np.ndarray]:
+    """Random tensors under the release's names; bfloat16 as uint16, what must stay float32 in float32."""
     random = np.random.default_rng(seed)
 
     def draw(shape):
@@ -37,7 +42,7 @@ def tensors(config: PanguConfig, dtype: str = "bfloat16", seed: int = 0, int8: b
             if int8 and p.note == INT8:
                 found[source] = random.integers(-127, 128, p.member_shape, np.int8)
                 found[f"{source}_scale"] = draw((p.rows, 1))
-            elif p.name.endswith("e_score_correction_bias"):
+            elif p.note == FLOAT32:
                 found[source] = random.standard_normal(p.member_shape, np.float32)
             else:
                 found[source] = draw(p.member_shape)
@@ -54,7 +59,7 @@ def write_file(path: Path, found: dict[str, np.ndarray]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(v.tobytes() for v in found.values()))
 
 
-def write(directory: Path, config: PanguConfig, found: dict[str, np.ndarray], shards: int = 1) -> Path:
+def write(directory: Path, config: Config, found: dict[str, np.ndarray], shards: int = 1) -> Path:
     """A directory with config.json, `shards` files that the tensors are dealt to in turn, and an index."""
     directory.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(directory)

@@ -13,9 +13,9 @@ import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pangu_ms.checkpoint.convert import main
-from pangu_ms.checkpoint.names import parameters
-from pangu_ms.config import PanguConfig
+from pangu_ms.architectures.tensors import parameters
+from pangu_ms.checkpoint.directory import read_config
+from pangu_ms.conversion import command
 from tests.checkpoint import generate
 
 EXAMPLES = settings(max_examples=150, deadline=None, derandomize=True,
@@ -26,12 +26,17 @@ NASTY = st.one_of(
                      "/etc/passwd", "config.json", "model-00002-of-00002.safetensors", "\ud800", "a\0b", 10**400]))
 
 
+@pytest.fixture(autouse=True)
+def one_parser(monkeypatch):
+    """To make the command's options takes longer than to refuse a checkpoint."""
+    parser = command.build_parser()
+    monkeypatch.setattr(command, "build_parser", lambda: parser)
+
+
 @pytest.fixture(scope="module")
 def release(data, tmp_path_factory):
-    """A sound checkpoint, small enough that one conversion takes a few milliseconds."""
-    config = generate.config(
-        data, num_hidden_layers=2, num_nextn_predict_layers=1, dsa_layers=[0], swa_layers=[1], sliding_window_list=[7],
-        block_post_layernorm_idx=[1], n_routed_experts=2, num_experts_per_tok=1, vocab_size=16, hidden_size=8)
+    """A sound checkpoint in two shards."""
+    config = generate.config(data, **generate.SMALL)
     return generate.write(tmp_path_factory.mktemp("fuzz") / "in", config, generate.tensors(config), 2)
 
 
@@ -44,7 +49,7 @@ def outcome(release, damage):
         before = {path: path.read_bytes() for path in source.iterdir()}
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-            code = main(["hf2ms", str(source), str(target)])
+            code = command.main(["hf2ms", str(source), str(target)])
         assert code in (0, 2)
         assert {path: path.read_bytes() for path in source.iterdir()} == before
         assert set(os.listdir(root)) <= {"in", "out", "out.partial"}
@@ -58,7 +63,7 @@ def outcome(release, damage):
             for name, fields in safetensors.deserialize(path.read_bytes()):
                 found[name] = bytes(fields["data"])
         written = generate.read(target)
-        wanted = parameters(PanguConfig.from_pretrained(source))
+        wanted = parameters(read_config(source))
         assert written.keys() == wanted.keys()
         for name, p in wanted.items():
             assert written[name][1:] == (p.shape, b"".join(found[s] for s in p.sources))
@@ -166,8 +171,8 @@ def test_nasty_values_in_the_config(release, which, value):
 def test_the_oracle_sees_wrong_results(release, monkeypatch):
     """The comparison above fails when bytes come from the wrong place."""
     from pangu_ms.checkpoint import shards
-    read_into = shards.Entry.read_into
-    monkeypatch.setattr(shards.Entry, "read_into", lambda self, start, buffer: read_into(self, 0, buffer))
-    monkeypatch.setattr("pangu_ms.checkpoint.transfer.BLOCK", 64)
+    read_into = shards.StoredTensor.read_into
+    monkeypatch.setattr(shards.StoredTensor, "read_into", lambda self, start, buffer: read_into(self, 0, buffer))
+    monkeypatch.setattr("pangu_ms.checkpoint.copying.BLOCK", 64)
     with pytest.raises(AssertionError):
         outcome(release, lambda source: None)

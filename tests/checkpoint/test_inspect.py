@@ -3,21 +3,22 @@ import json
 import numpy as np
 import pytest
 
-from pangu_ms.checkpoint.convert import main as convert
+from pangu_ms.checkpoint.directory import read_config
 from pangu_ms.checkpoint.inspect import diff, inspect, main
-from pangu_ms.config import PanguConfig
+from pangu_ms.conversion.command import main as convert
 from tests.checkpoint import generate
 
 
-@pytest.fixture
-def release(data, tmp_path):
+@pytest.fixture(scope="module")
+def release(data, tmp_path_factory):
+    """Two shards, for reading alone."""
     config = generate.config(data, **generate.SLICEABLE)
-    return generate.write(tmp_path / "release", config, generate.tensors(config), 2)
+    return generate.write(tmp_path_factory.mktemp("inspect"), config, generate.tensors(config), 2)
 
 
 def altered(release, tmp_path, change):
     """A copy of the release with its tensors changed by `change(tensors)`."""
-    config = PanguConfig.from_pretrained(release)
+    config = read_config(release)
     found = generate.tensors(config)
     change(found)
     return generate.write(tmp_path / "altered", config, found)
@@ -25,7 +26,7 @@ def altered(release, tmp_path, change):
 
 def test_components_add_up(data):
     report = inspect(data / "tiny")
-    count = PanguConfig.from_pretrained(data / "tiny").parameter_count()
+    count = read_config(data / "tiny").parameter_count()
     found = {name: fields["parameters"] for name, fields in report["components"].items()}
     assert found.pop("mtp copies") == count["with_copies"] - count["trunk_and_mtp"]
     assert found == count["components"] | {"mtp": count["mtp"]}
@@ -76,7 +77,7 @@ def test_differences_are_found(release, tmp_path, capsys):
         found["model.norm.weight"][0] = 0x7FC0  # not a number
 
     report = diff(release, altered(release, tmp_path, change))
-    original = generate.tensors(PanguConfig.from_pretrained(release))[expert][3, 4]
+    original = generate.tensors(read_config(release))[expert][3, 4]
     distance = abs(10 - np.array([int(original) << 16], np.uint32).view(np.float32)[0])
     found = {d["name"]: d["largest_difference"] for d in report["differences"]}
     assert found == {"model.norm.weight": None,
@@ -86,7 +87,7 @@ def test_differences_are_found(release, tmp_path, capsys):
 
 
 def test_what_is_no_number_on_both_sides_is_equal(release, tmp_path):
-    config = PanguConfig.from_pretrained(release)
+    config = read_config(release)
     sides = []
     for name, value in (("left", 0x3F80), ("right", 0x4000)):  # 1 and 2 in bfloat16, behind what is no number
         found = generate.tensors(config)

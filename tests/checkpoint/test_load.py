@@ -6,10 +6,13 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from pangu_ms.architectures.tensors import parameters
+from pangu_ms.checkpoint.directory import read_config
+from pangu_ms.checkpoint.layout import sliced
 from pangu_ms.checkpoint.load import read_parameters
-from pangu_ms.checkpoint.names import parameters
-from pangu_ms.config import PanguConfig
+from pangu_ms.conversion.command import main
 from pangu_ms.errors import CheckpointError
+from pangu_ms.parallel.ranks import Ranks
 from tests.checkpoint import generate
 
 
@@ -40,7 +43,7 @@ def test_reads_every_parameter(data, tmp_path, stored, shards):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_full", "odd", "eps"])
 def test_reads_the_golden_checkpoints(data, name):
-    config = PanguConfig.from_pretrained(data / name)
+    config = read_config(data / name)
     kinds = {"F32": np.float32}
     found = {tensor: np.frombuffer(raw, kinds[dtype]).reshape(shape)
              for tensor, (dtype, shape, raw) in generate.read(data / name).items()}
@@ -69,6 +72,24 @@ def test_an_int8_release_is_dequantised(data, tmp_path):
     expert = "model.layers.2.mlp.experts.5.down_proj.weight"
     assert np.array_equal(read["model.layers.2.mlp.experts.down_proj.weight"][5],
                           found[expert].astype(np.float32) * as_float(found[f"{expert}_scale"]))
+
+
+def test_a_rank_reads_its_part_of_any_layout(data, tmp_path):
+    """A whole directory, one that is sliced otherwise, and its own rank of one sliced so: it opens nothing else."""
+    config, ranks = generate.config(data, **generate.SLICEABLE), Ranks(2, 2)
+    release = generate.write(tmp_path / "release", config, generate.tensors(config))
+    whole = dict(read_parameters(release, config))
+    for tensor, expert in ((2, 2), (4, 1)):
+        assert main(["hf2ms", str(release), str(tmp_path / f"{tensor}{expert}"), "--tensor-parallel", str(tensor),
+                     "--expert-parallel", str(expert)]) == 0
+    for directory in (release, tmp_path / "22", tmp_path / "41"):
+        for rank in range(4):
+            for name, values in read_parameters(directory, config, ranks=ranks.at(rank)):
+                wanted = sliced(parameters(config)[name], ranks.at(rank)).view(whole[name])
+                np.testing.assert_array_equal(values, wanted, name)
+    (tmp_path / "22" / "rank_0" / "model.safetensors").unlink()
+    for reader in (ranks.at(3), Ranks(2, 2, data=2, rank=7, batch_sharded=True)):  # the copy's rank 7 has the same part
+        assert len(list(read_parameters(tmp_path / "22", config, ranks=reader))) == len(whole)
 
 
 def refusal(directory, config):
@@ -102,8 +123,11 @@ def test_long_lists_are_cut(data, tmp_path):
 def test_mtp_layers_that_the_config_does_not_know(data, tmp_path):
     config = generate.config(data)
     generate.write(tmp_path, config, generate.tensors(config))
-    text = refusal(tmp_path, dataclasses.replace(config, num_nextn_predict_layers=0))
+    field = config.MTP_FIELD
+    text = refusal(tmp_path, dataclasses.replace(config, **{field: 0}))
     assert "config.json says num_nextn_predict_layers 0, the checkpoint holds 3 MTP layers: set it to 3" in text
+    assert main(["hf2ms", str(tmp_path), str(tmp_path / "ms")]) == 0
+    assert "holds 3 MTP layers: set it to 3" in refusal(tmp_path / "ms", dataclasses.replace(config, **{field: 1}))
 
 
 @pytest.mark.parametrize("copy", ["model.layers.5.embed_tokens.weight", "model.layers.6.shared_head.head.weight"])
@@ -158,7 +182,9 @@ def test_memory_is_one_tensor(data, tmp_path):
 
 
 def test_needs_neither_mindspore_nor_torch():
-    script = ("import sys, pangu_ms.checkpoint.load; "
+    """Nor do converting, inspecting, and the checkpoints of a training run."""
+    rooms = "checkpoint.load, pangu_ms.checkpoint.inspect, pangu_ms.conversion.command, pangu_ms.training.run.state"
+    script = (f"import sys, pangu_ms.{rooms}; "
               "sys.exit(any(m in sys.modules for m in ('mindspore', 'mindformers', 'torch', 'safetensors')))")
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 

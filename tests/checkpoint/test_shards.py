@@ -24,9 +24,9 @@ def test_reads_byte_ranges(tmp_path):
                    "a": tensor(shape=[1, 2], offsets=[0, 8]), "none": tensor(shape=[0, 3], offsets=[8, 8])},
         values.tobytes())
     with Shards(tmp_path) as shards:
-        assert shards.entries.keys() == {"a", "b", "none"} and shards.entries["a"].shape == (1, 2)
+        assert shards.tensors.keys() == {"a", "b", "none"} and shards.tensors["a"].shape == (1, 2)
         out = np.empty(1, np.float32)
-        shards.entries["b"].read_into(4, memoryview(out).cast("B"))
+        shards.tensors["b"].read_into(4, memoryview(out).cast("B"))
         assert out[0] == 3
 
 
@@ -120,7 +120,7 @@ def test_links_of_the_hugging_face_cache_are_followed(tmp_path):
     put(blobs, {"a": tensor()}, name="0123")
     os.symlink("../../blobs/0123", snapshot / "model.safetensors")
     with Shards(snapshot) as shards:
-        assert shards.entries.keys() == {"a"}
+        assert shards.tensors.keys() == {"a"}
 
 
 @pytest.mark.parametrize("weight_map, says", [

@@ -1,4 +1,4 @@
-"""The command: its answers, what it refuses, the sweep and its picture."""
+"""The command: its answers, what it refuses, the sweep and its picture; and what is sent, by hand."""
 import json
 import os
 import subprocess
@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from pangu_ms.config import PanguConfig
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.estimate import command
 from pangu_ms.estimate.devices import DEVICES
-from pangu_ms.estimate.phases import judge, phases, smallest_fleet, sweep
-from pangu_ms.estimate.traffic import collective_bytes, update_collective_bytes
-from pangu_ms.estimate.work import Parallel, Work, held, train_calls
+from pangu_ms.estimate.phases import phases, smallest_fleet, sweep
+from pangu_ms.estimate.traffic import sent_bytes, update_sent_bytes
+from pangu_ms.estimate.work import Case, Work, calls_of
+from pangu_ms.parallel.ranks import Ranks
 
-DEVICE = DEVICES["910B-64GB"]
+DEVICE, FLASH, ROOT = DEVICES["910B-64GB"], PanguConfig.flash_92b(), Path(__file__).parents[2]
+
+
+def trained(ranks, *work, **options):
+    return Case(FLASH, Ranks(*ranks, batch_sharded=True), Work("train", *work, **options))
 
 
 @pytest.fixture
@@ -37,8 +42,8 @@ def test_json_and_text_agree(run, phase):
 
 
 @pytest.mark.parametrize("arguments,said", [
-    (["--parallel", "tp=2"], "tp=2 does not divide heads, MLP rows and vocabulary; these do: 1"),
-    (["--parallel", "ep=3"], "ep=3 does not divide n_routed_experts; these do: 1, 2, 4, 8"),
+    (["--parallel", "tp=2"], "tensor parallel 2 does not divide 199 rows (model.embed_tokens.weight), 3 heads"),
+    (["--parallel", "ep=3"], "8 experts (mlp.experts.gate_proj.weight): take one of 1, 2, 4, 8"),
     (["--parallel", "pp=2"], "wanted pp=1"),
     (["--parallel", "cp=2"], "found 'cp=2', wanted dp, tp, ep or pp and a number"),
     (["--parallel", "dp=3"], "--batch 8 does not divide among dp * ep = 3 sets of sequences; the next that does: 9"),
@@ -62,52 +67,54 @@ def test_sweep_ranks_and_draws(run, tmp_path):
 
 
 def test_the_smallest_fleet_fits_and_half_of_it_does_not():
-    config, work = PanguConfig.flash_92b(), Work("infer", 4096, 1, fused=True)
-    fleet = smallest_fleet(config, work, DEVICE)
-    assert fleet.fits and judge(config, fleet.parallel, work, DEVICE).fits
-    assert not any(layout.fits for layout in sweep(config, work, DEVICE, fleet.parallel.devices // 2))
+    case = Case(FLASH, Ranks(), Work("infer", 4096, 1, fused=True))
+    fleet = smallest_fleet(case, DEVICE)
+    assert fleet["fits"] and not any(row["fits"] for row in sweep(case, DEVICE, fleet["devices"] // 2))
 
 
 def test_collectives_by_hand():
     """Flash, 64 tokens for each of 4 sequences, bfloat16: 49 layers, 47 of them with experts, 4 heads."""
-    config, work = PanguConfig.flash_92b(), Work("train", 64, 4)
-    calls, hidden = train_calls(work), 2560 * 2
-    sent = collective_bytes(config, Parallel(1, 4, 1), work, calls)
+    tensor, expert, data = (trained(sizes, 64, 4) for sizes in ((4, 1, 1), (1, 4, 1), (1, 1, 4)))
+    calls, hidden = calls_of(tensor)["step"], 2560 * 2
     forward, backward = 256 * hidden * 99, 256 * (49 * ((1024 + 576) * 2 + hidden) + 4 * hidden)
-    assert sent == {"tensor": 2 * 3 / 4 * (forward + backward + 4 * 256 * 8), "expert": 0, "data": 0}
-    sent = collective_bytes(config, Parallel(1, 1, 4), work, calls)
+    assert sent_bytes(tensor, calls) == {
+        "tensor": 2 * 3 / 4 * (forward + backward + 4 * 256 * 8), "expert": 0, "data": 0}
+    sent = sent_bytes(expert, calls)
     assert sent["tensor"] == 0 and sent["expert"] == 3 / 4 * 47 * 2 * 256 * (2 * hidden + 8 * 8)
-    assert collective_bytes(config, Parallel(4, 1, 1), work, calls)["data"] > 50 * sent["data"] * 3 / 4 / 3
+    experts = 47 * 256 * 3 * 1024 * 2560 * 2                                    # which these ranks hold apart
+    assert sent_bytes(data, calls)["data"] - sent["data"] == pytest.approx(2 * 3 / 4 * experts)
 
 
-def test_collectives_of_the_update_by_hand(monkeypatch):
+def test_collectives_of_the_update_by_hand():
     """Layer 2's experts, 4 of them on each rank: 3 x 1024 x 2560 values each, one of two ranks with gate or up; and
     its q_a projection, which tensor ranks hold whole."""
-    config, some = PanguConfig.flash_92b(), ("layers.2.mlp.experts", "layers.2.self_attn.q_a_proj")
-    for module in ("flops", "memory", "traffic"):
-        monkeypatch.setattr(f"pangu_ms.estimate.{module}.held",
-                            lambda config: [p for p in held(config) if any(name in p.name for name in some)])
+    def only(case):
+        for each in (case.tensors, case.shapes):
+            for name in [*each]:
+                if not any(part in name for part in ("layers.2.mlp.experts", "layers.2.self_attn.q_a_proj")):
+                    del each[name]
+        return case
+
     expert = 4 * 1024 * 2560
-    sent = update_collective_bytes(config, Parallel(1, 4, 64), Work("train", 64, 64))
-    assert sent == {"tensor": 2 * 3 / 4 * 3 * expert / 4 * 4, "data": 0}
-    sent = update_collective_bytes(config, Parallel(2, 1, 64), Work("train", 64, 128, shard_optimizer=True))
-    assert sent == {"tensor": 0, "data": 2 * (3 * expert / 2 + 1024 * 2560 * 127 / 128)}
+    assert update_sent_bytes(only(trained((4, 64, 1), 64, 64))) == {
+        "tensor": 2 * 3 / 4 * 3 * expert / 4 * 4, "data": 0}
+    assert update_sent_bytes(only(trained((1, 64, 2), 64, 128, shard_optimizer=True))) == {
+        "tensor": 0, "data": 2 * (3 * expert / 2 + 1024 * 2560 * 127 / 128)}
 
 
 def test_a_group_that_leaves_the_server_takes_the_network():
-    config, work = PanguConfig.flash_92b(), Work("train", 64, 16)
-    near, far = (phases(config, Parallel(1, 1, expert), work, DEVICE)[0] for expert in (8, 16))
+    near, far = (phases(trained((1, expert), 64, 16), DEVICE)[0] for expert in (8, 16))
     assert near.seconds["expert"] == pytest.approx(near.sent["expert"] / 196e9)
     assert far.seconds["expert"] == pytest.approx(far.sent["expert"] / 25e9)
 
 
-def test_a_closed_pipe_is_no_error(data):
+def test_the_tool_needs_no_mindspore_and_minds_no_closed_pipe(data, tmp_path):
     """As `| head` leaves one."""
-    root = Path(__file__).parents[2]
+    (tmp_path / "mindspore.py").write_text("raise SystemExit('MindSpore was imported')")
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as pipe:
-        done = subprocess.run([sys.executable, root / "tools" / "estimate.py", "--config", data / "tiny",
-                               "--sequence-length", "64"], env=os.environ | {"PYTHONPATH": str(root)}, stdout=pipe,
-                              stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, ROOT / "tools" / "estimate.py", "--config", data / "tiny",
+                               "--sequence-length", "64"], stdout=pipe, stderr=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"})
     assert done.stderr == ""

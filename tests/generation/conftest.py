@@ -1,52 +1,85 @@
-"""What the tests of the command share: an engine that needs no model."""
+"""What the tests of the command share: a model that needs no weights, behind the real engine."""
 import os
 import signal
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
+import mindspore as ms
+import numpy as np
 import pytest
 
-from pangu_ms.config import PanguConfig
-from pangu_ms.generation.request import check_request
-from pangu_ms.generation.text import TextStream
+
+class CountingModel:
+    """A model that counts upwards from its prompt; its compiled functions compute nothing else.
+
+    `begin` says what it is asked next, and what it replies instead of counting: ids, and functions to call on the way;
+    then an end.
+    """
+
+    def __init__(self, config, ranks):
+        self.config, self.plan, self.ranks = config, config.plan, ranks
+
+    def begin(self, ids, reply, end):
+        self.prompt, self.reply, self.end = len(ids), reply and [*reply, end], end
+
+    def function(self, cell, batch, length, sparse=None, drafting=False, *shapes):
+        if cell.__name__ == "Draft":
+            return Compiled(self.draft, length)
+        ahead = len(self.plan.mtp_layers) if drafting else 0                    # ids that a prefill reads behind rows
+        return Compiled(self.step, slice(None) if length else slice(-1 - ahead, -ahead or None))
+
+    def step(self, rows, ids, start, tensors, *counted):
+        """Logits of these rows: all when decoding, of a prefill the last."""
+        position = start + np.arange(ids.shape[1]) + 1                          # of what follows each row
+        following = [[self.token(*each) for each in zip(*pair)] for pair in zip(ids, position)]
+        return ms.Tensor(np.eye(self.plan.vocab_size, dtype=np.float32)[following][:, rows])
+
+    def token(self, before, position):
+        place = position - self.prompt                                          # in the reply
+        if not self.reply or place < 0:
+            return (before + 1) % self.plan.vocab_size
+        while callable(self.reply[place]):
+            self.reply.pop(place)()
+        return self.reply[place]
+
+    def draft(self, drafts, tokens, start, tensors):
+        """The first draft is right, the others are not."""
+        return ms.Tensor((tokens[:, -1:] + np.r_[1, [0] * (drafts - 1)]) % self.plan.vocab_size, ms.int32), None
+
+
+class Compiled:
+    """A compiled function: of what it was compiled for, of tensors, and of what it takes of a cache."""
+
+    def __init__(self, function, constant):
+        self.function, self.constant = function, constant
+
+    def __call__(self, ids, start, *others):
+        return self.function(self.constant, ids.asnumpy(), start.asnumpy(), *others)
+
+    def arguments(self, cache):
+        return None
 
 
 @pytest.fixture
 def engine(monkeypatch):
-    """A model that counts upwards from its prompt, in place of the real ones; records how it was called.
-
-    calls.reply, where set, is what it says instead: ids, and functions to call on the way.
-    """
+    """calls: how a `CountingModel` was loaded and asked; `calls.reply` is what it says where it shall not count."""
+    from pangu_ms import pretrained
+    from pangu_ms.architectures import read_config
+    from pangu_ms.generation import stream
     calls = SimpleNamespace(loaded=None, prompts=[], options=None, reply=None)
 
-    def from_pretrained(directory, dtype, progress, parallel):
+    def from_pretrained(directory, dtype, progress, ranks):
         calls.loaded = (directory, dtype, progress)
-        return "model"
+        return CountingModel(read_config(directory), ranks)
 
-    def stream_generate(model, ids, max_new_tokens, *, tokenizer, stop, on_prefill, **options):
-        check_request(PanguConfig.from_pretrained(calls.loaded[0]), ids, max_new_tokens)
-        calls.prompts.append(ids)
+    def stream_generate(model, ids, max_new_tokens, **options):
+        calls.prompts.append(list(ids))
         calls.options = options
-        for done in range(1, len(ids) + 1):
-            on_prefill(done)
-        reply = calls.reply or range(ids[-1] + 1, ids[-1] + 1 + max_new_tokens)
-        text = tokenizer and TextStream(tokenizer, stop)
-        for i, token_id in enumerate(reply):
-            if callable(token_id):
-                token_id()
-                continue
-            shown = text and text.push(token_id, last=i + 1 == len(reply))
-            yield SimpleNamespace(token_id=token_id, text=shown, source=0, tokens_per_second=4.0, cache_bytes=100 + i,
-                                  prefill_seconds=0.5, decode_seconds=0.25 * i, prefill_tokens=len(ids),
-                                  decode_tokens=i, drafted=(4, 2), accepted=(3, 0))
-            if text and text.stopped:
-                return
+        model.begin(ids, calls.reply, options["eos_token_ids"][-1])
+        return generate(model, ids, max_new_tokens, **options)
 
-    causal_lm, module = ModuleType("pangu_ms.model.causal_lm"), ModuleType("pangu_ms.generation.stream")
-    causal_lm.PanguForCausalLM = SimpleNamespace(from_pretrained=from_pretrained)
-    module.stream_generate = stream_generate
-    monkeypatch.setitem(sys.modules, causal_lm.__name__, causal_lm)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    generate = stream.stream_generate
+    monkeypatch.setattr(pretrained.PanguForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(stream, "stream_generate", stream_generate)
     return calls
 
 

@@ -7,8 +7,9 @@ import pytest
 import tokenizers
 
 from pangu_ms.generation.command import main
-from pangu_ms.generation.text import load_tokenizer
-from tests.generation.tokenizer import save_tokenizer
+from pangu_ms.text.tokenizer import Tokenizer
+from tests.text.byte_tokenizer import save_tokenizer
+
 
 @pytest.fixture
 def directory(data, tmp_path):
@@ -23,7 +24,7 @@ def directory(data, tmp_path):
 @pytest.fixture
 def says(engine, directory):
     """says(text, ...): the reply of the engine; a function among the texts is called on the way."""
-    tokenizer = load_tokenizer(directory)
+    tokenizer = Tokenizer(directory)
 
     def set_reply(*parts):
         engine.reply = []
@@ -187,13 +188,13 @@ def test_a_message_that_does_not_fit_is_forgotten(talk, says, prompts, capsys):
     says("</think>Lima")
     assert talk(["x " * 300, "Two"]) == 0
     assert "error: " in (error := capsys.readouterr().err) and "/clear forgets the conversation" in error
-    assert prompts() == [conversation(("user", "Two"))]
+    assert prompts()[-1] == conversation(("user", "Two"))
 
 
 def test_stats_after_each_reply(talk, says, capsys):
     says("</think>Lima")
     assert talk(["One", "Two"], "--stats") == 0
-    assert capsys.readouterr().err.count("drafts accepted: depth 1 3 of 4") == 2
+    assert capsys.readouterr().err.count("tokens a second, drafts accepted: no drafts") == 2
     assert talk(["One"]) == 0
     assert "prefill" not in capsys.readouterr().err
 

@@ -7,12 +7,14 @@ import pytest
 from pangu_ms.errors import PanguError
 from pangu_ms.generation.request import check_request, find_eos_token_ids
 
-config = SimpleNamespace(vocab_size=10, max_position_embeddings=16, eos_token_id=2, num_nextn_predict_layers=3)
+
+def plan(mtp=3):
+    return SimpleNamespace(vocab_size=10, max_positions=16, mtp_layers=(None,) * mtp)
 
 
 @pytest.mark.parametrize("ids, new", [([0], 15), ([9, 0, 9], 13), (list(np.arange(10)), 6), (np.arange(4), 1)])
 def test_what_fits_passes(ids, new):
-    check_request(config, ids, new)
+    check_request(plan(), ids, new)
 
 
 @pytest.mark.parametrize("ids, new, words", [
@@ -28,25 +30,23 @@ def test_what_fits_passes(ids, new):
 ])
 def test_what_does_not_fit_is_refused(ids, new, words):
     with pytest.raises(PanguError, match=words):
-        check_request(config, ids, new)
+        check_request(plan(), ids, new)
 
 
 @pytest.mark.parametrize("heads, drafts, words", [
-    (0, 1, "num_draft_tokens is 1, and the checkpoint has no MTP layers to make drafts .*: ask for 0"),
+    (0, 1, "num_draft_tokens is 1, and the checkpoint has no MTP layers to make them of: ask for 0"),
     (3, 9, "num_draft_tokens is 9: wanted an integer from 0 to 8"),
     (3, -1, "num_draft_tokens is -1: wanted an integer from 0 to 8"),
     (3, 1.5, "num_draft_tokens is 1.5: wanted an integer from 0 to 8"),
 ])
 def test_drafts_that_cannot_be_made_are_refused(heads, drafts, words):
-    config = SimpleNamespace(vocab_size=10, max_position_embeddings=16, num_nextn_predict_layers=heads)
     with pytest.raises(PanguError, match=words):
-        check_request(config, [1], 1, drafts)
+        check_request(plan(heads), [1], 1, drafts)
 
 
 @pytest.mark.parametrize("heads, drafts", [(0, 0), (3, 3), (1, 5)])
 def test_drafts_that_can_be_made_pass(heads, drafts):
-    check_request(SimpleNamespace(vocab_size=10, max_position_embeddings=16, num_nextn_predict_layers=heads), [1], 1,
-                  drafts)
+    check_request(plan(heads), [1], 1, drafts)
 
 
 @pytest.mark.parametrize("in_config, generation_config, wanted", [
@@ -69,4 +69,4 @@ def test_eos_token_ids(tmp_path, in_config, generation_config, wanted):
 def test_broken_generation_config_is_named(tmp_path, text, words):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(PanguError, match=f"generation_config.json: {words}"):
-        find_eos_token_ids(config, tmp_path)
+        find_eos_token_ids(SimpleNamespace(eos_token_id=2), tmp_path)

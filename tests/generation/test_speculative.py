@@ -5,7 +5,6 @@ import pytest
 from pangu_ms.generation.engine import Engine
 from pangu_ms.generation.sampling import Sampler, Sampling
 from pangu_ms.generation.stream import generate, generate_batch, stream_generate
-from pangu_ms.model.step import Step
 
 PROMPTS = [[9], [5, 6, 7, 8], list(range(20, 50))]
 NEW_TOKENS = 24  # past every window and past index_topk
@@ -29,10 +28,10 @@ def greedy(model):
 @pytest.mark.parametrize("name, drafts", [("tiny", 1), ("tiny", 3), ("tiny", 5), ("odd", 3)])
 def test_drafts_do_not_change_greedy_text(model, greedy, name, drafts):
     for prompt in PROMPTS if name == "tiny" else PROMPTS[2:]:
-        pieces = list(stream_generate(model(name), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=()))
-        assert [piece.token_id for piece in pieces] == greedy(name, prompt)
-        assert len(pieces[-1].drafted) == drafts and min(pieces[-1].drafted) > 9
-        assert sum(piece.source > 0 for piece in pieces) == sum(pieces[-1].accepted)
+        responses = list(stream_generate(model(name), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=()))
+        assert [response.token_id for response in responses] == greedy(name, prompt)
+        assert len(responses[-1].drafted) == drafts and min(responses[-1].drafted) > 9
+        assert sum(response.draft_depth > 0 for response in responses) == sum(responses[-1].accepted)
 
 
 @pytest.mark.slow
@@ -108,13 +107,37 @@ def test_a_snapshot_goes_on_where_it_was_taken(model, golden):
 
 def test_nothing_is_compiled_again_while_generating(model):
     """The cache grows past 256 rows; lengths of prompts and of prefill chunks vary."""
-    list(stream_generate(model("tiny"), [1] * 20, 3, eos_token_ids=()))
-    list(stream_generate(model("tiny"), [1, 2], 12, eos_token_ids=(), prefill_chunk=1))
-    list(stream_generate(model("tiny"), [1] * 250, 12, eos_token_ids=(), prefill_chunk=77))
-    functions = model("tiny")._functions
+    def generate_all():
+        list(stream_generate(model("tiny"), [1] * 20, 3, eos_token_ids=()))
+        list(stream_generate(model("tiny"), [1, 2], 12, eos_token_ids=(), prefill_chunk=1))
+        list(stream_generate(model("tiny"), [1] * 250, 12, eos_token_ids=(), prefill_chunk=77))
+    generate_all()
+    functions = dict(model("tiny")._functions)
+    generate_all()
+    assert model("tiny")._functions == functions
     assert {len(step.compile_cache) for step in functions.values()} == {1}
-    plain = [key for key in functions if key[0] is Step and key[1][0] == 1 and key[1][3:] == (False, None)]
-    assert len(plain) == 4  # prefill and decoding, before and after index_topk
+
+
+def test_a_batch_of_nothing(model):
+    assert generate_batch(model("tiny"), [], 5) == []
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_reasons_and_probabilities(model, greedy, drafts):
+    """The last response says why it is the last; each token's probability is that of the full forward."""
+    prompt, text = PROMPTS[1], greedy("tiny", PROMPTS[1])
+    found = list(stream_generate(model("tiny"), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=(),
+                                 logprobs=2))
+    assert [response.finish_reason for response in found] == [None] * (NEW_TOKENS - 1) + ["length"]
+    ended = list(stream_generate(model("tiny"), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=text[5:6]))
+    end = text.index(text[5])
+    assert [response.finish_reason for response in ended] == [None] * end + ["stop"]
+    logits = model("tiny")([(prompt + text + [0] * 64)[:64]]).asnumpy()[0].astype(np.float64)
+    for place, response in enumerate(found, len(prompt) - 1):
+        exact = logits[place] - np.log(np.exp(logits[place]).sum())
+        assert response.logprobs.token == pytest.approx(exact[response.token_id], abs=1e-4)
+        (best, likeliest), (_, second) = response.logprobs.top
+        assert best == exact.argmax() and likeliest == response.logprobs.token >= second
 
 
 @pytest.mark.slow

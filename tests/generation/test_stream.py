@@ -1,14 +1,21 @@
 """The pieces of a stream: their text adds up, with and without drafts, and ends where it should."""
+from types import SimpleNamespace
+
 import pytest
 
 from pangu_ms.errors import PanguError
 from pangu_ms.generation.stream import generate, stream_generate
-from pangu_ms.generation.text import TextTokenizer
+from pangu_ms.text.tokenizer import StreamDecoder
 
 PROMPT, NEW_TOKENS = [5, 6, 7, 8], 24
-# One character an id, but ids divisible by 3, whose byte begins a character that does not end.
-TOKENIZER = TextTokenizer(None, lambda ids: b"".join(b"\xe4" if i % 3 == 0 else chr(i + 256).encode() for i in ids)
-                          .decode(errors="replace"), 199, None)
+
+
+def decode(ids):
+    """One character an id, but ids divisible by 3, whose byte begins a character that does not end."""
+    return b"".join(b"\xe4" if i % 3 == 0 else chr(i + 256).encode() for i in ids).decode(errors="replace")
+
+
+TOKENIZER = SimpleNamespace(decode=decode, stream_decoder=lambda: StreamDecoder(decode))
 
 
 def pieces(model, **options):

@@ -7,7 +7,7 @@ import mindspore as ms
 import pytest
 from mindspore.nn.utils import no_init_parameters
 
-from pangu_ms.config import PanguConfig
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
 
 CONFIG = PanguConfig.flash_92b(
     compute_dtype="bfloat16", num_hidden_layers=2, num_nextn_predict_layers=1, first_k_dense_replace=1,
@@ -28,10 +28,10 @@ def model(on_ascend):
 @pytest.mark.parametrize("length, sparse, capacity, primitives", [
     (None, True, CAPACITY, MANY_ROWS | {"SparseFlashAttention", "LightningIndexer"}),
     (None, False, CONFIG.index_topk, MANY_ROWS), (4, True, CAPACITY, ALWAYS | {"LightningIndexer"})])
-def test_steps(model, refused_graph, length, sparse, capacity, primitives):
-    from pangu_ms.model.step import Step
-    step = Step(model, 1, length, sparse, True, (CHUNK if length is None else None, capacity))
-    found, shapes = refused_graph(step, *step.get_inputs())
+def test_steps(model, inferred_graph, length, sparse, capacity, primitives):
+    from pangu_ms.generation.steps import Step
+    step = Step(model, 1, length, sparse, True, CHUNK if length is None else None, capacity)
+    found, shapes = inferred_graph(step, *step.get_inputs())
     assert primitives <= found
     assert ("SparseFlashAttention" in found) == (length is None and sparse)
     assert not any("-1" in shape for shape in shapes)
@@ -40,26 +40,26 @@ def test_steps(model, refused_graph, length, sparse, capacity, primitives):
 
 
 @pytest.mark.slow
-def test_drafting(model, refused_graph):
-    from pangu_ms.model.step import Draft
+def test_drafting(model, inferred_graph):
+    from pangu_ms.generation.steps import Draft
     step = Draft(model, 1, 3)
-    found, shapes = refused_graph(step, *step.get_inputs())
+    found, shapes = inferred_graph(step, *step.get_inputs())
     assert ALWAYS <= found and not any("-1" in shape for shape in shapes)
 
 
 @pytest.mark.slow
-def test_gradients_of_training(model, refused_graph, monkeypatch):
-    from pangu_ms.training import losses
-    from pangu_ms.training.forward import TrainingForward
-    from pangu_ms.training.settings import TrainingSettings
+def test_gradients_of_training(model, inferred_graph, monkeypatch):
+    from pangu_ms.training.objectives import indexer
+    from pangu_ms.training.objectives.pretraining import Pretraining
+    from pangu_ms.training.objectives.settings import TrainingSettings
     from pangu_ms.training.step import Gradients
-    monkeypatch.setattr(losses, "QUERIES", 1152)                                # two pieces stand for eighteen
+    monkeypatch.setattr(indexer, "QUERIES", 1152)                                # two pieces stand for eighteen
     settings = TrainingSettings(indexer_loss="sparse", indexer_loss_coeff=0.1, balance_loss_coeff=0.1,
                                 z_loss_coeff=0.1)
-    forward = TrainingForward(model, settings)
-    weights = ms.ParameterTuple([weight for weight in model.trainable_params() if weight.requires_grad])
+    forward = Pretraining(model, settings)
+    weights = ms.ParameterTuple(forward.trained_parameters())
     ids, mask = (ms.Tensor(shape=[1, 2304], dtype=dtype) for dtype in (ms.int32, ms.float32))
-    found, shapes = refused_graph(Gradients(forward, weights), ids, ids, mask, ids)
+    found, shapes = inferred_graph(Gradients(forward, weights), ids, ids, mask, ids)
     assert MANY_ROWS <= found
     assert {"RmsNormGrad", "RotaryPositionEmbeddingGrad", "SwigluGrad", "FlashAttentionScoreGrad",
             "MoeTokenPermuteGrad", "MoeTokenUnpermuteGrad"} <= found

@@ -1,5 +1,10 @@
-"""A function, an operator's form for example, as a compiled graph."""
+"""A formula as a compiled graph, and its plain form op by op."""
+import os
+from contextlib import contextmanager
+
 import mindspore as ms
+
+from pangu_ms import device
 
 
 class Call(ms.nn.Cell):
@@ -12,9 +17,24 @@ class Call(ms.nn.Cell):
 
 
 def op_by_op(function, *arguments):
-    """function(*arguments) without a graph: nothing to compile."""
+    """function(*arguments) of formulas alone, without a graph: nothing to compile."""
     ms.set_context(mode=ms.PYNATIVE_MODE)
     try:
-        return function(*arguments)
+        with plain_formulas():
+            return function(*arguments)
     finally:
-        ms.set_context(mode=ms.GRAPH_MODE)
+        device.start()
+
+
+@contextmanager
+def plain_formulas():
+    """In here nothing compiled takes a formula's place."""
+    before = os.environ.get("PANGU_MS_COMPILED_OPS")
+    os.environ["PANGU_MS_COMPILED_OPS"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PANGU_MS_COMPILED_OPS"]
+        else:
+            os.environ["PANGU_MS_COMPILED_OPS"] = before

@@ -1,4 +1,4 @@
-"""The Ascend forms, as far as a host without CANN goes: types and shapes are inferred, then no kernel is found.
+"""The Ascend forms: types and shapes are inferred; a host without CANN then finds no kernel.
 
 In bf16, at the widths of the 92B model. The graph is read back from MindSpore's dump of it.
 """
@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from mindspore import ops
 
-import pangu_ms.model  # noqa: F401  graph mode
-from pangu_ms import ops as operators
-from pangu_ms.config import PanguConfig
-from pangu_ms.ops import ascend, portable
+from pangu_ms import device
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.model import elementary
+from pangu_ms.ops import ascend
+from tests.ops import flat
 from tests.ops.cells import Call
 
+device.start()
 CONFIG = PanguConfig.flash_92b()
 HEADS, LATENT, ROPE = CONFIG.num_attention_heads, CONFIG.kv_lora_rank, CONFIG.qk_rope_head_dim
 WIDTH, SINKS, TOPK = CONFIG.qk_nope_head_dim + ROPE, CONFIG.param_sink_number, CONFIG.index_topk
@@ -50,19 +52,19 @@ FORMS = {
     # name: (arguments, constants behind them, primitives of the forward graph, of the gradient's, the result's shape)
     "rms_norm": ((bf16(1, 512, HIDDEN), bf16(HIDDEN)), (1e-5,), {"RmsNorm"}, {"RmsNormGrad"}, (1, 512, HIDDEN)),
     "swiglu": ((bf16(512, EXPERT), bf16(512, EXPERT)), (), {"Swiglu"}, {"SwigluGrad"}, (512, EXPERT)),
-    "rotate": ((bf16(1, 512, HEADS, WIDTH), of(ms.float32, 1, 512, 1, ROPE // 2), of(ms.float32, 1, 512, 1, ROPE // 2)),
-               (WIDTH - ROPE,), {"RotaryPositionEmbedding"}, {"RotaryPositionEmbeddingGrad"}, (1, 512, HEADS, WIDTH)),
+    "apply_rope": ((bf16(1, 512, HEADS, WIDTH), *(of(ms.float32, 1, 512, 1, ROPE // 2),) * 2), (WIDTH - ROPE,),
+                   {"RotaryPositionEmbedding"}, {"RotaryPositionEmbeddingGrad"}, (1, 512, HEADS, WIDTH)),
     "top_k": ((of(ms.float32, 1, 512, 8192),), (TOPK,), {"TopkExt"}, None, (1, 512, TOPK)),
     "cross_entropy": ((bf16(1, 4096, HIDDEN), bf16(CONFIG.vocab_size, HIDDEN), of(ms.int32, 1, 4096),
                        of(ms.float32, 1, 4096)), (), {"Dense", "OneHot"}, {"Dense", "MatMul"}, (1, 4096)),
     "expanded_attention": ((*queries(512, 1048), of(ms.bool_, 1, 512, 1, SINKS + 1048), bf16(*KV_B)), (SCALE,),
                            {"FlashAttentionScore"}, {"FlashAttentionScoreGrad"}, (1, 512, OUT)),
-    "selected_attention": ((*queries(512, 8192), of(ms.int32, 1, 512, TOPK), of(ms.int32, 1, 512), bf16(*KV_B)),
+    "sparse_attention": ((*queries(512, 8192), of(ms.int32, 1, 512, TOPK), of(ms.int32, 1, 512), bf16(*KV_B)),
                            (SCALE,), {"SparseFlashAttention"}, None, (1, 512, OUT)),
-    "choose": ((bf16(1, 512, CONFIG.index_n_heads, CONFIG.index_head_dim), bf16(1, 8192, CONFIG.index_head_dim),
+    "topk_indices": ((bf16(1, 512, CONFIG.index_n_heads, CONFIG.index_head_dim), bf16(1, 8192, CONFIG.index_head_dim),
                 of(ms.float32, 1, 512, CONFIG.index_n_heads), of(ms.int32, 1, 512)), (TOPK,), {"LightningIndexer"},
                None, (1, 512, TOPK)),
-    "many_tokens": ((bf16(512, HIDDEN), of(ms.int32, 512, CHOICES), of(ms.float32, 512, CHOICES),
+    "experts_grouped": ((bf16(512, HIDDEN), of(ms.int32, 512, CHOICES), of(ms.float32, 512, CHOICES),
                      bf16(EXPERTS, EXPERT, HIDDEN), bf16(EXPERTS, EXPERT, HIDDEN), bf16(EXPERTS, HIDDEN, EXPERT)), (),
                     {"MoeTokenPermute", "GroupedMatmulV4", "InnerMoeTokenUnpermute"},
                     {"MoeTokenPermuteGrad", "GroupedMatmulV4", "MoeTokenUnpermuteGrad"}, (512, HIDDEN)),
@@ -70,32 +72,32 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_inference_passes_and_only_the_kernel_is_missing(on_ascend, refused_graph, name):
+def test_inference_passes_and_only_the_kernel_is_missing(on_ascend, inferred_graph, name):
     arguments, constants, primitives, _, shape = FORMS[name]
-    found, shapes = refused_graph(Call(operators.operator(name, "bfloat16"), *constants), *arguments)
+    found, shapes = inferred_graph(Call(getattr(flat, name), *constants), *arguments)
     assert primitives <= found
     assert ", ".join(map(str, shape)) in shapes
     assert not any("-1" in each for each in shapes)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if FORMS[name][3]])
-def test_the_gradient_is_defined(on_ascend, refused_graph, name):
+def test_the_gradient_is_defined(on_ascend, inferred_graph, name):
     arguments, constants, _, primitives, _ = FORMS[name]
-    found, shapes = refused_graph(Gradient(operators.operator(name, "bfloat16"), *constants), *arguments)
+    found, shapes = inferred_graph(Gradient(getattr(flat, name), *constants), *arguments)
     assert primitives <= found
     assert not any("-1" in each for each in shapes)
 
 
 @pytest.mark.parametrize("name, arguments", [
     ("rms_norm", (bf16(2, 3, 8), bf16(7))), ("swiglu", (bf16(4, 6), bf16(5, 6)))])
-def test_a_wrong_shape_is_seen_by_inference(on_ascend, refused_graph, name, arguments):
+def test_a_wrong_shape_is_seen_by_inference(on_ascend, inferred_graph, name, arguments):
     """Otherwise the tests above would show nothing."""
     with pytest.raises(pytest.fail.Exception, match="not for want of a kernel"):
-        refused_graph(Call(operators.operator(name, "bfloat16"), *FORMS[name][1]), *arguments)
+        inferred_graph(Call(getattr(flat, name), *FORMS[name][1]), *arguments)
 
 
 @pytest.mark.parametrize("name", ["softmax", "sigmoid"])
 def test_forms_without_a_fused_operator_run_here(name):
     x = ms.Tensor(np.random.default_rng(0).normal(size=(5, 9)).astype(np.float32))
-    found, wanted = (Call(getattr(forms, name))(x).asnumpy() for forms in (ascend, portable))
+    found, wanted = (Call(form)(x).asnumpy() for form in (getattr(ascend, name), getattr(elementary, name)))
     np.testing.assert_allclose(found, wanted, rtol=1e-5)

@@ -3,17 +3,20 @@
 Layouts, masks, sinks and merges would else be wrong in silence. The stand-ins compute in float32 on the CPU; each
 refuses what the documentation of its operator refuses.
 """
-from types import SimpleNamespace
-
 import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import mint, ops
 
-import pangu_ms.model  # noqa: F401  graph mode
-from pangu_ms.ops import ascend, ascend_attention, ascend_experts, attention, cross_entropy, experts, portable
+from pangu_ms import device
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.model import cross_entropy, elementary, experts, indexer, latent_attention, rope
+from pangu_ms.ops.ascend import attention as ascend_attention
+from pangu_ms.ops.ascend import elementary as ascend
+from pangu_ms.ops.ascend import experts as ascend_experts
 from tests.ops.cells import Call, op_by_op
 
+device.start()
 ANY = np.random.default_rng(0)
 TOLERANCE = 2e-6
 BATCH, LENGTH, HEADS, NOPE, ROPE, VALUE, LATENT, SINKS = 2, 5, 3, 6, 4, 5, 8, 4
@@ -21,14 +24,39 @@ PLACES, K = 11, 6
 SCALE = (NOPE + ROPE) ** -0.5
 
 
-def small(name):
-    """The plain forms alone."""
-    return {"masked_softmax": lambda: attention.masked_softmax(small),
-            "absorbed_attention": lambda: attention.absorbed(small)}.get(name, lambda: getattr(portable, name))()
+@pytest.fixture(autouse=True)
+def formulas_alone(monkeypatch):
+    """Around the fused operators stand formulas, as on a device."""
+    monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")
 
 
-def agree(fused, plain, arguments, constants=(), gradient=False):
-    cells = [Call(form, *constants) for form in (fused, plain)]
+def attends(attention):
+    """An attention as a function of tensors alone."""
+    def call(q, sinks, keys, visible, kv_b, scale):
+        return attention(q, sinks, keys, visible, {"weight": kv_b}, scale)
+    return call
+
+
+def attends_sparsely(attention):
+    def call(q, sinks, keys, indices, position, kv_b, scale):
+        return attention(q, sinks, keys, indices, position, {"weight": kv_b}, scale)
+    return call
+
+
+def groups(product):
+    def call(x, ids, weights, gate, up, down):
+        return product(x, ids, weights, {"gate": {"weight": gate}, "up": {"weight": up}, "down": {"weight": down}})
+    return call
+
+
+def loses(cross_entropy):
+    def call(hidden, head, labels, mask):
+        return cross_entropy(hidden, {"weight": head}, labels, mask)
+    return call
+
+
+def agree(fused, formula, arguments, constants=(), gradient=False):
+    cells = [Call(form, *constants) for form in (fused, formula)]
     if gradient:
         cells = [ops.GradOperation(get_all=True)(cell) for cell in cells]
     found, wanted = cells[0](*arguments), op_by_op(cells[1], *arguments)
@@ -83,7 +111,8 @@ def test_expanded_attention(flash, value, gradient):
     visible[..., :SINKS] = True
     arguments = (normal(BATCH, LENGTH, HEADS, NOPE + ROPE), normal(SINKS, LATENT + ROPE),
                  normal(BATCH, PLACES, LATENT + ROPE), ms.Tensor(visible), normal(HEADS * (NOPE + value), LATENT))
-    agree(ascend_attention.expanded(small), attention.expanded(small), arguments, (SCALE,), gradient)
+    agree(attends(ascend_attention.expanded_attention), attends(latent_attention.expanded_attention.formula), arguments,
+          (SCALE,), gradient)
 
 
 def sparse_flash_attention(query, key, value, sparse_indices, scale_value, actual_seq_lengths_query=None,
@@ -121,7 +150,7 @@ def sparse(monkeypatch):
 
 
 @pytest.mark.parametrize("heads", [HEADS, 4])
-def test_selected_attention(sparse, heads):
+def test_sparse_attention(sparse, heads):
     """Queries with fewer earlier rows than K, with places that are filled up behind them or by -1."""
     first = np.array([[0], [5]])
     position = (first + np.arange(LENGTH)).astype(np.int32)
@@ -131,7 +160,8 @@ def test_selected_attention(sparse, heads):
     arguments = (normal(BATCH, LENGTH, heads, NOPE + ROPE), normal(SINKS, LATENT + ROPE),
                  normal(BATCH, PLACES, LATENT + ROPE), ms.Tensor(chosen), ms.Tensor(position),
                  normal(heads * (NOPE + VALUE), LATENT))
-    agree(ascend_attention.selected(small), attention.selected(small), arguments, (SCALE,))
+    agree(attends_sparsely(ascend_attention.sparse_attention),
+          attends_sparsely(latent_attention.sparse_attention.formula), arguments, (SCALE,))
 
 
 def test_few_queries_gather_their_rows(sparse, monkeypatch):
@@ -139,7 +169,8 @@ def test_few_queries_gather_their_rows(sparse, monkeypatch):
     monkeypatch.setattr(ops, "sparse_flash_attention", None)
     arguments = (normal(1, 1, HEADS, NOPE + ROPE), normal(SINKS, LATENT + ROPE), normal(1, PLACES, LATENT + ROPE),
                  integers(0, PLACES, 1, 1, K), integers(6, 7, 1, 1), normal(HEADS * (NOPE + VALUE), LATENT))
-    agree(ascend_attention.selected(small), attention.selected(small), arguments, (SCALE,))
+    agree(attends_sparsely(ascend_attention.sparse_attention),
+          attends_sparsely(latent_attention.sparse_attention.formula), arguments, (SCALE,))
 
 
 def lightning_indexer(query, key, weights, actual_seq_lengths_query=None, actual_seq_lengths_key=None,
@@ -155,14 +186,14 @@ def lightning_indexer(query, key, weights, actual_seq_lengths_query=None, actual
     return ops.expand_dims(ops.masked_fill(chosen, values < -1e29, -1), 2), values
 
 
-def test_choose(monkeypatch):
+def test_topk_indices(monkeypatch):
     monkeypatch.setattr(ops, "lightning_indexer", lightning_indexer)
     monkeypatch.setattr(ascend_attention, "_index_takes", takes_four)
     position = np.array([[0], [5]]) + np.arange(LENGTH)
     arguments = (normal(BATCH, LENGTH, HEADS, 4), normal(BATCH, PLACES, 4), normal(BATCH, LENGTH, HEADS),
                  ms.Tensor(position.astype(np.int32)))
     found, wanted = (Call(form, K)(*arguments).asnumpy()
-                     for form in (ascend_attention.choose(small), attention.choose(small)))
+                     for form in (ascend_attention.topk_indices, indexer.topk_indices.formula))
     assert found.shape == wanted.shape and found.dtype == wanted.dtype
     for b, t in np.ndindex(*position.shape):
         seen = {row for row in wanted[b, t].tolist() if row <= position[b, t]}
@@ -189,7 +220,7 @@ def moe_token_unpermute(permuted_tokens, sorted_indices):
 
 
 def gmm(x, weight, group_list=None, group_list_type=0):
-    """x [M, K], weight [E, K, N], group_list int64 [E]: the sizes of the groups, in turn. Rows of none hold anything."""
+    """x [M, K], weight [E, K, N], group_list int64 [E]: sizes of the groups, in turn. Rows of none hold anything."""
     assert group_list_type == 1 and group_list.dtype == ms.int64 and group_list.shape == weight[0].shape[:1]
     end = ops.cumsum(ops.cast(group_list, ms.int32), 0)
     at = ops.expand_dims(ops.arange(x[0].shape[0]), 1)
@@ -201,7 +232,7 @@ def gmm(x, weight, group_list=None, group_list_type=0):
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("shape, elsewhere", [((7,), 0), ((2, 3), 0), ((9,), 2)])
-def test_many_tokens(monkeypatch, gradient, shape, elsewhere):
+def test_experts_grouped(monkeypatch, gradient, shape, elsewhere):
     """One expert has no token; choices of experts that other ranks have add nothing."""
     monkeypatch.setattr(ops, "moe_token_permute", moe_token_permute)
     monkeypatch.setattr(ops, "moe_token_unpermute", moe_token_unpermute)
@@ -210,7 +241,7 @@ def test_many_tokens(monkeypatch, gradient, shape, elsewhere):
     ids = ids.reshape(*shape, 2)
     arguments = (normal(*shape, 6), ms.Tensor(ids.astype(np.int32)), normal(*shape, 2), normal(5, 3, 6),
                  normal(5, 3, 6), normal(5, 6, 3))
-    agree(ascend_experts.many_tokens(small), experts.many_tokens(small), arguments, (), gradient)
+    agree(groups(ascend_experts.experts_grouped), groups(experts.experts_grouped.formula), arguments, (), gradient)
 
 
 # ---------------------------------------------------------------- small ones
@@ -223,12 +254,12 @@ def rotary_position_embedding(x, cos, sin, mode):
 
 
 @pytest.mark.parametrize("start, width", [(0, 4), (0, 7), (3, 7), (2, 9)])
-def test_rotate(monkeypatch, start, width):
+def test_apply_rope(monkeypatch, start, width):
     monkeypatch.setattr(ascend, "_ROTATE", rotary_position_embedding)
     angle = ANY.normal(size=(BATCH, LENGTH, 1, 2)).astype(np.float32)
     arguments = normal(BATCH, LENGTH, HEADS, width), ms.Tensor(np.cos(angle)), ms.Tensor(np.sin(angle))
     for gradient in (False, True):
-        agree(ascend.rotate, portable.rotate, arguments, (start,), gradient)
+        agree(ascend.apply_rope, rope.apply_rope.formula, arguments, (start,), gradient)
 
 
 def swiglu(x, dim):
@@ -238,7 +269,7 @@ def swiglu(x, dim):
 
 def test_swiglu(monkeypatch):
     monkeypatch.setattr(ops, "swiglu", swiglu)
-    agree(ascend.swiglu, portable.swiglu, (normal(2, 3, 4), normal(2, 3, 4)))
+    agree(ascend.swiglu, elementary.swiglu.formula, (normal(2, 3, 4), normal(2, 3, 4)))
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -247,7 +278,8 @@ def test_cross_entropy(monkeypatch, gradient):
     monkeypatch.setattr(cross_entropy, "ROWS", 4)
     mask = ms.Tensor([[1.0, 0.0, 1.0, 1.0, 0.0], [0.5, 1.0, 1.0, 1.0, 1.0]], ms.float32)
     arguments = normal(2, 5, 4) * 5, normal(9, 4), integers(0, 9, 2, 5)
-    agree(cross_entropy.streamed(small), cross_entropy.cross_entropy(small), arguments, (mask,), gradient)
+    agree(loses(cross_entropy.streamed_cross_entropy), loses(cross_entropy.cross_entropy.formula), arguments, (mask,),
+          gradient)
 
 
 def topk_ext(x, k, dim):
@@ -257,7 +289,7 @@ def topk_ext(x, k, dim):
 
 def test_top_k(monkeypatch):
     monkeypatch.setattr(mint, "topk", topk_ext)
-    agree(ascend.top_k, portable.top_k, (normal(3, 9),), (4,))
+    agree(ascend.top_k, elementary.top_k.formula, (normal(3, 9),), (4,))
 
 
 # ---------------------------------------------------------------- what the operators take
@@ -268,6 +300,5 @@ def test_top_k(monkeypatch):
     ({"index_head_dim": 64}, False), ({"index_n_heads": 65}, False), ({"compute_dtype": "float32"}, False),
     ({"compute_dtype": "float16"}, True)])
 def test_which_models_select_without_copies(fields, takes):
-    flash = {"num_attention_heads": 48, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_topk": 2048,
-             "index_n_heads": 24, "index_head_dim": 128, "compute_dtype": "bfloat16"}
-    assert ascend_attention.gathers_no_rows(SimpleNamespace(**flash | fields)) is takes
+    plan = PanguConfig.flash_92b(**{"compute_dtype": "bfloat16"} | fields).plan
+    assert ascend_attention.gathers_no_rows(plan) is takes

@@ -1,14 +1,17 @@
-"""Each compiled operator of a decoding step against its plain form: what it returns and what it leaves in the cache."""
+"""Each step of a layer in decoding against its formula: what it returns and what it leaves in the cache."""
 import mindspore as ms
 import numpy as np
 import pytest
 
-import pangu_ms.model  # noqa: F401  turns graph mode on
-from pangu_ms import ops as operators
-from pangu_ms.ops import compiled
+from pangu_ms import device
+from pangu_ms.ops import cpu
+from pangu_ms.ops.cpu import library
+from tests.ops import flat
 from tests.ops.cells import Call, op_by_op
 
-if not compiled.available():
+device.start()
+
+if not library.available(ms.float32):
     pytest.skip("the compiled operators are not built here (python setup.py build_ext --inplace) or turned off",
                 allow_module_level=True)
 
@@ -36,30 +39,26 @@ def query(batch, length, start, heads=3, nope=6, half=4, hidden=33, rank=21, rin
             *angles(batch, length, half), nope, 1e-5)
 
 
-def row(batch, length, start, half=4, hidden=33, latent=21, ring=5, width=3, places=12):
-    whole = latent + 2 * half
-    return (normal(batch, length, hidden), normal(whole, hidden), normal(batch * ring, latent),
-            normal(latent, 1, width), normal(latent), normal(batch * places, whole), positions(batch, length, start),
-            *angles(batch, length, half), 1e-5)
+def attention(batch, length, start, window, heads=3, nope=6, half=2, value=5, latent=21, sinks=3, places=110,
+              hidden=33):
+    """Rows in a window, whose ring has room for `length` more, or growing ones."""
+    rows, whole = window + length if window else places, latent + 2 * half
+    return (normal(batch, length, hidden), normal(whole, hidden), normal(batch * 6, latent), normal(latent, 1, 3),
+            normal(latent), normal(batch * rows, whole), positions(batch, length, start),
+            *angles(batch, length, half), normal(batch, length, heads * (nope + 2 * half)), normal(sinks, latent),
+            normal(sinks, 2 * half), normal(heads * (nope + value), latent), normal(batch * 8, heads * value),
+            normal(heads * value, 1, 3), normal(hidden, heads * value), heads, window, 0.3, 1e-5)
 
 
-def attention(batch, length, start, window, heads=3, nope=6, rope=4, value=5, latent=21, sinks=3, places=30, hidden=33):
-    return (normal(batch, length, heads * (nope + rope)), normal(sinks, latent), normal(sinks, rope), normal(latent),
-            normal(batch * places, latent + rope), normal(heads * (nope + value), latent),
-            normal(batch * 8, heads * value), normal(heads * value, 1, 4), normal(hidden, heads * value),
-            positions(batch, length, start), window, 0.3, 1e-5)
-
-
-def chosen(batch, length, start, k, heads=3, nope=6, rope=4, value=5, latent=21, places=150):
+def sparse(batch, length, start, k, **shape):
     """Of each token some positions, in no order, the last ones behind its own."""
-    arguments = list(attention(batch, length, start, 0, heads, nope, rope, value, latent, places=places))
-    last = arguments[9].max() + 2
-    arguments[10] = np.stack([ANY.permutation(last)[:k] for _ in range(batch * length)]).astype(np.int32)
-    arguments[10] = arguments[10].reshape(batch, length, k)
-    return tuple(arguments)
+    *arguments, heads, _, scale, eps = attention(batch, length, start, 0, places=150, **shape)
+    last = arguments[6].max() + 2
+    indices = np.stack([ANY.permutation(last)[:k] for _ in range(batch * length)]).astype(np.int32)
+    return (*arguments, indices.reshape(batch, length, k), heads, scale, eps)
 
 
-def index_row(batch, length, start, half=4, hidden=33, dim=14, places=50):
+def index_row(batch, length, start, half=4, hidden=33, dim=14, places=60):
     return (normal(batch, length, hidden), normal(dim, hidden), normal(dim), normal(batch * places, dim),
             positions(batch, length, start), *angles(batch, length, half), 1e-5)
 
@@ -87,11 +86,15 @@ def write_by(batch, length, n=4, hidden=9):
 
 def join(batch, length, hidden=33):
     return (normal(batch, length, hidden), normal(hidden), normal(batch, length, hidden), normal(hidden),
-            normal(hidden, 2 * hidden), normal(hidden), 1e-5)
+            normal(hidden, 2 * hidden), 1e-5)
 
 
-def residual(batch, length, hidden=33):
-    return normal(batch, length, hidden), normal(batch, length, hidden), normal(hidden), normal(hidden), 1e-5
+def plain_post(batch, length, hidden=33):
+    return normal(batch, length, hidden), normal(hidden), normal(batch, length, hidden), 1e-5
+
+
+def plain_post_pre(batch, length, hidden=33):
+    return normal(batch, length, hidden), normal(hidden), normal(batch, length, hidden), normal(hidden), 1e-5
 
 
 def experts(batch, length, hidden=33, count=7, width=17, shared=20, k=3):
@@ -102,38 +105,45 @@ def experts(batch, length, hidden=33, count=7, width=17, shared=20, k=3):
 
 TOKENS = [(1, 1, 0), (1, 1, 40), (1, 4, 1), (2, 3, 11), (3, 5, 40)]
 CASES = [
-    *[("query", lambda t=t: query(*t)) for t in [*TOKENS, (1, 4, -2)]],
-    *[("query", lambda: query(1, 2, 9, width=5, ring=7))],
-    *[("row", lambda t=t: row(*t)) for t in [(1, 1, 0), (1, 4, 1), (2, 3, 30), (1, 5, -3)]],
-    *[("attention", lambda t=t, w=w: attention(*t, w)) for t, w in
+    *[("latent_query", lambda t=t: query(*t)) for t in [*TOKENS, (1, 4, -2)]],
+    *[("latent_query", lambda: query(1, 2, 9, width=5, ring=7))],
+    *[("attend", lambda t=t, w=w: attention(*t, w)) for t, w in
       [((1, 1, 0), 0), ((1, 1, 29), 0), ((2, 3, 11), 0), ((1, 1, 3), 6), ((1, 4, 100), 26), ((3, 5, 40), 9),
        ((1, 4, -2), 9)]],
-    *[("attention", lambda: attention(2, 3, 50, 20, heads=19, latent=32))],
-    *[("chosen", lambda t=t, k=k: chosen(*t, k)) for t, k in
+    *[("attend", lambda: attention(2, 3, 50, 20, heads=19, latent=32))],
+    *[("attend_sparse", lambda t=t, k=k: sparse(*t, k)) for t, k in
       [((1, 1, 40), 9), ((1, 1, 140), 130), ((2, 3, 11), 12), ((3, 4, 100), 65)]],
-    *[("chosen", lambda: chosen(2, 3, 50, 20, heads=19, latent=32))],
-    *[("index_row", lambda t=t: index_row(*t)) for t in TOKENS],
-    *[("read", lambda t=t: (streams(*t), *read_by())) for t in [(1, 1), (2, 4)]],
-    *[("write", lambda t=t: (*write_by(*t), 1e-5)) for t in [(1, 1), (2, 4)]],
-    *[("turn", lambda t=t: (*write_by(*t), *read_by())) for t in [(1, 1), (2, 4)]],
+    *[("attend_sparse", lambda: sparse(2, 3, 50, 20, heads=19, latent=32))],
+    *[("append_index_rows", lambda t=t: index_row(*t)) for t in TOKENS],
+    *[("residual_pre", lambda t=t: (streams(*t), *read_by())) for t in [(1, 1), (2, 4)]],
+    *[("residual_post", lambda t=t: (*write_by(*t), 1e-5)) for t in [(1, 1), (2, 4)]],
+    *[("residual_post_pre", lambda t=t: (*write_by(*t), *read_by())) for t in [(1, 1), (2, 4)]],
     *[(name, lambda t=t, make=make: make(*t)) for t in [(1, 1), (2, 9)]
-      for name, make in [("join", join), ("residual", residual)]],
-    *[("experts", lambda t=t: experts(*t)) for t in [(1, 1), (1, 4), (2, 9)]],
+      for name, make in [("mtp_input", join), ("plain_residual_post", plain_post),
+                         ("plain_residual_post_pre", plain_post_pre)]],
+    *[("moe", lambda t=t: experts(*t)) for t in [(1, 1), (1, 4), (2, 9)]],
 ]
+CHANGED = {"latent_query": 1, "attend": 3, "attend_sparse": 3, "append_index_rows": 1}  # arguments, in place
 
 
 @pytest.mark.parametrize("name, make", CASES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CASES)])
-def test_equals_the_plain_form(name, make, monkeypatch):
+def test_equals_the_formula(name, make):
     arguments = make()
-    fast, plain = both(name, monkeypatch)
-    (found, found_state), (wanted, wanted_state) = (run(form, arguments) for form in (fast, plain))
+    (found, found_state), (wanted, wanted_state) = both(name, arguments)
     for one, other in zip(found, wanted, strict=True):
         close(one, other)
-    for one, other, before in zip(found_state, wanted_state, arguments, strict=True):
+    for one, other in zip(found_state, wanted_state, strict=True):
         if isinstance(other, np.ndarray) and other.dtype == np.float32:
             close(one, other)
     changed = [not np.array_equal(one, before) for one, before in zip(found_state, arguments)]
-    assert sum(changed) == {"query": 1, "row": 2, "attention": 1, "chosen": 1, "index_row": 1}.get(name, 0)
+    assert sum(changed) == CHANGED.get(name, 0)
+
+
+def test_every_step_of_decoding_is_here():
+    """So that none of them is a formula in silence, and none goes without a comparison."""
+    steps = {"latent_query", "latent_keys", "attention_output", "append_index_rows", "select_rows", "residual_pre",
+             "residual_post", "residual_post_pre", "mtp_input", "moe"}
+    assert steps == {name for name, form in vars(cpu).items() if getattr(form, "__module__", "").endswith("decoding")}
 
 
 SELECTIONS = [(1, 1, 40, 9), (1, 1, 40, 41), (1, 4, 20, 22), (2, 3, 11, 14), (3, 5, 30, 8)]
@@ -141,11 +151,10 @@ SELECTIONS = [(1, 1, 40, 9), (1, 1, 40, 41), (1, 4, 20, 22), (2, 3, 11, 14), (3,
 
 @pytest.mark.parametrize("batch, length, start, k", SELECTIONS)
 @pytest.mark.parametrize("shape", [{}, {"heads": 19, "dim": 32, "places": 700}], ids=["few", "many"])
-def test_selects_what_the_plain_form_selects(batch, length, start, k, shape, monkeypatch):
+def test_selects_what_the_formula_selects(batch, length, start, k, shape):
     start = start * 14 if shape else start
     arguments = select(batch, length, start, k, **shape)
-    fast, plain = both("select", monkeypatch)
-    ((found,), found_state), ((wanted,), wanted_state) = (run(form, arguments) for form in (fast, plain))
+    ((found,), found_state), ((wanted,), wanted_state) = both("select_rows", arguments)
     assert found.shape == wanted.shape == (batch, length, k) and found.dtype == wanted.dtype
     close(found_state[3], wanted_state[3])
     assert not np.array_equal(found_state[3], arguments[3])
@@ -154,12 +163,11 @@ def test_selects_what_the_plain_form_selects(batch, length, start, k, shape, mon
 
 
 @pytest.mark.parametrize("k", [1, 7, 30, 99])
-def test_selects_the_best_among_equal_ones(k, monkeypatch):
+def test_selects_the_best_among_equal_ones(k):
     """Keys of few kinds score the same; which of them is taken does not matter."""
     arguments = list(select(1, 1, 99, k, places=100))
     arguments[3] = np.repeat(arguments[3][:5], 20, 0)
-    for form in both("select", monkeypatch):
-        (found,), state = run(form, arguments)
+    for (found,), state in both("select_rows", arguments):
         best_of(found, index_scores(*state), arguments[4])
 
 
@@ -182,22 +190,16 @@ def best_of(found, scores, position):
         close(np.sort(score[earlier]), np.sort(score[:at + 1])[-len(earlier):])
 
 
-def both(name, monkeypatch):
-    """The compiled form and the plain one."""
-    fast = operators.operator("decoding_" + name, "float32")
-    monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")
-    plain = operators.operator("decoding_" + name, "float32")
-    assert isinstance(fast, ms.ops.Custom) and not isinstance(plain, ms.ops.Custom)
-    return fast, plain
-
-
-def run(form, arguments):
-    """The outputs, and what the arguments hold afterwards."""
-    given = [ms.Tensor(argument.copy()) if isinstance(argument, np.ndarray) else argument for argument in arguments]
-    outputs = Call(form)(*given) if isinstance(form, ms.ops.Custom) else op_by_op(form, *given)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return ([output.asnumpy() for output in outputs],
-            [one.asnumpy() if isinstance(one, ms.Tensor) else one for one in given])
+def both(name, arguments):
+    """What the compiled step gives and leaves of the arguments, then what the formula does."""
+    found = []
+    for run in (lambda function, *given: Call(function)(*given), op_by_op):
+        given = [ms.Tensor(argument.copy()) if isinstance(argument, np.ndarray) else argument for argument in arguments]
+        outputs = run(getattr(flat, name), *given)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        found.append(([output.asnumpy() for output in outputs],
+                      [one.asnumpy() if isinstance(one, ms.Tensor) else one for one in given]))
+    return found
 
 
 def close(found, wanted):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pangu_ms.checkpoint.names import parameters
-from pangu_ms.config import PanguConfig
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.architectures.tensors import parameters
 
 CONFIG = PanguConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,

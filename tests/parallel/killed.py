@@ -7,10 +7,11 @@ from pathlib import Path
 import mindspore as ms
 from mindspore import ops
 
-from pangu_ms.model.parallel import Parallel
+from pangu_ms.parallel import collectives
+from pangu_ms.parallel.ranks import Ranks
 
-place = Parallel(tensor=2).start()
-total = place.reduce("tensor")
+place = collectives.start(Ranks(tensor=2))
+total = collectives.reduce(place, "tensor")
 total(ops.ones((2, 3), ms.float32)).asnumpy()                                   # they can hear each other
 if place.rank == 1:
     Path(sys.argv[1]).write_text(str(os.getpid()))

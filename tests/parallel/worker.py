@@ -12,19 +12,20 @@ import numpy as np
 
 from pangu_ms import PanguForCausalLM, generate
 from pangu_ms.generation.engine import Engine
-from pangu_ms.model.parallel import Parallel
-from pangu_ms.training.forward import TrainingForward
-from pangu_ms.training.optimizer import PanguMuon
-from pangu_ms.training.settings import TrainingSettings
+from pangu_ms.parallel import collectives
+from pangu_ms.parallel.ranks import Ranks
+from pangu_ms.training.objectives.pretraining import Pretraining
+from pangu_ms.training.objectives.settings import TrainingSettings
+from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.step import TrainStep
 
 BATCH, LENGTH = 4, 24  # three times index_topk, so that DSA selects
 PROMPT, NEW_TOKENS, DRAFTS, STEPS = 8, 12, 2, 10
 
 
-def drafting(directory, parallel):
+def drafting(directory, ranks):
     """-> arrays by name: logits of a prompt and of its drafts, and what greedy decoding with drafts makes of it."""
-    model = PanguForCausalLM.from_pretrained(directory, parallel=parallel)
+    model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
     prompt = token_ids(model.config)[0, :PROMPT].tolist()
     engine = Engine(model, num_draft_tokens=DRAFTS)
     logits = engine.prefill(np.array([prompt], np.int32))
@@ -33,14 +34,14 @@ def drafting(directory, parallel):
             "tokens": np.array(generate(model, prompt, NEW_TOKENS, num_draft_tokens=DRAFTS))}
 
 
-def train(directory, parallel):
+def train(directory, ranks):
     """-> arrays by name: the parts of the loss, gradients by parameter, losses and gradient norms of STEPS steps, and
     the optimizer's moments at their end.
 
     The ranks share a batch as they share everything else.
     """
-    parallel = replace(parallel or Parallel(), own_sequences=True)
-    model = PanguForCausalLM.from_pretrained(directory, parallel=parallel)
+    ranks = replace(ranks or Ranks(), batch_sharded=True)
+    model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
     settings = TrainingSettings(indexer_loss="sparse", balance_loss_coeff=0.01, z_loss_coeff=0.01,
                                 router_bias_update_rate=0.01)
     ids = token_ids(model.config)
@@ -48,12 +49,12 @@ def train(directory, parallel):
     mask = np.ones(ids.shape, np.float32)
     mask[:, [14, -1]] = 0
     mask[1, :9] = 0                                                             # ranks have different counts
-    own = slice(parallel.rank // parallel.tensor, None, parallel.batch)
+    own = slice(ranks.rank // ranks.tensor, None, ranks.batch)
     batch = [ms.Tensor(column[own]) for column in (ids, np.roll(ids, -1, 1), mask, position)]
-    forward = TrainingForward(model, settings)                                  # which says what is trainable
-    optimizer = PanguMuon(model.trainable_params(), model.config, 0.003, parallel=parallel,
-                          divide_states=parallel.data > 1)
-    step = TrainStep(forward, optimizer, max_grad_norm=1.0,
+    objective = Pretraining(model, settings)
+    optimizer = PanguMuon(objective.trained_parameters(), model.config, 0.003, ranks=ranks,
+                          shard_states=ranks.data > 1)
+    step = TrainStep(objective, optimizer, max_grad_norm=1.0,
                      bias_update_rate=settings.router_bias_update_rate)
     losses, norms = [], []
     for number in range(STEPS):
@@ -64,15 +65,15 @@ def train(directory, parallel):
         norms.append(step.update(ms.mutable(gradients), load).asnumpy())
         losses.append(total.asnumpy())
     states = {parameter.name: parameter.asnumpy() for parameter in optimizer.get_parameters()
-              if parameter.name not in optimizer.parts} | optimizer.divided_states()
+              if parameter.name not in optimizer.own_names} | optimizer.gathered_states()
     found |= {f"state {name}": values for name, values in states.items() if name.startswith(("muon.", "adam_m."))}
     return found | {"losses": np.array(losses), "norms": np.array(norms)}
 
 
-def memory(directory, parallel):
+def memory(directory, ranks):
     """-> by how many bytes the process grows when it loads its part of a large model."""
     before = resident()
-    model = PanguForCausalLM.from_pretrained(Path(directory) / "large", parallel=parallel)
+    model = PanguForCausalLM.from_pretrained(Path(directory) / "large", ranks=ranks)
     grown = resident() - before
     del model
     return {"memory": np.array(grown)}
@@ -88,7 +89,7 @@ def token_ids(config):
 
 if __name__ == "__main__":
     directory, *sizes, output = sys.argv[1:6]
-    place = Parallel(*map(int, sizes)).start()
+    place = collectives.start(Ranks(*map(int, sizes)))
     results = {}
     for what in sys.argv[6:]:
         results |= {"drafting": drafting, "train": train, "memory": memory}[what](directory, place)

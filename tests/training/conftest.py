@@ -2,8 +2,7 @@
 import json
 
 import pytest
-
-from pangu_ms.training.tokenizer import train_tokenizer
+from toy_tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

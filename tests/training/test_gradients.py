@@ -1,7 +1,7 @@
 """Gradients of every part of the loss against those of an independent float64 implementation (tests/data).
 
-`gradients.npz`: ids [2, 21]; the value of each loss; the gradients of `total`, which is lm + the mean of mtp_1 to mtp_3,
-and of the indexer's losses, by tensor, under the names of the checkpoint. No tensor has a gradient of both.
+`gradients.npz`: ids [2, 21]; the value of each loss; the gradients of `total` (lm + the mean of mtp_1 to mtp_3) and
+of the indexer's losses, by tensor, under the names of the checkpoint. No tensor has a gradient of both.
 """
 import re
 
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pangu_ms import PanguForCausalLM
-from pangu_ms.training.forward import TrainingForward
-from pangu_ms.training.settings import TrainingSettings
+from pangu_ms.training.objectives.pretraining import Pretraining
+from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.step import Gradients
 
 TOLERANCE = 1e-4  # of the largest gradient of a tensor
@@ -36,8 +36,8 @@ def gold(data):
 def computed(request, data, gold):
     """-> the golden name of the indexer's loss, parts by name, gradients by our parameter names."""
     settings, indexer_loss = RUNS[request.param]
-    forward = TrainingForward(PanguForCausalLM.from_pretrained(data / "tiny"), settings)
-    weights = ms.ParameterTuple(forward.causal_lm.trainable_params())
+    forward = Pretraining(PanguForCausalLM.from_pretrained(data / "tiny"), settings)
+    weights = ms.ParameterTuple(forward.trained_parameters())
     _, parts, _, gradients = Gradients(forward, weights)(*batch(gold["ids"]))
     return (indexer_loss, dict(zip(forward.part_names, parts.asnumpy())),
             dict(zip([p.name for p in weights], [g.asnumpy() for g in gradients])))

@@ -7,7 +7,7 @@ import pytest
 
 from pangu_ms import PanguForCausalLM
 from pangu_ms.training.initial_values import initialize
-from pangu_ms.training.settings import TrainingSettings
+from pangu_ms.training.objectives.settings import TrainingSettings
 
 LAYERS, HIDDEN, RANGE, MOE_STD = 6, 128, 0.02, 0.00206
 OUT = (2 * LAYERS) ** -0.5

@@ -1,6 +1,7 @@
 // What MindSpore hands to a compiled operator, and the shapes it asks for beforehand.
 #pragma once
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
@@ -23,11 +24,14 @@ struct Call {
         for (int a = 0; a < ndims[i]; a++) n *= shapes[i][a];
         return n;
     }
-    bool known_dtypes() const {  // float16 or float64 would be read as garbage
+    bool known_dtypes(const char* name) const {  // float16 or float64 would be read as garbage
         for (int i = 0; i < count; i++) {
             bool known = false;
-            for (const char* name : {"float32", "int32", "int64", "bool"}) known |= !strcmp(dtypes[i], name);
-            if (!known) return false;
+            for (const char* dtype : {"float32", "int32", "int64", "bool"}) known |= !strcmp(dtypes[i], dtype);
+            if (known) continue;
+            fprintf(stderr, "pangu_ms: %s was given %s (argument %d): it takes float32; compute in float32, or set "
+                    "PANGU_MS_COMPILED_OPS=0\n", name, dtypes[i], i);
+            return false;
         }
         return true;
     }
@@ -40,7 +44,7 @@ using Shape = std::vector<int64_t>;
     static void Name##_run(const Call& call);                                                                 \
     extern "C" int Name(int count, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) { \
         Call call{count, data, ndims, shapes, dtypes};                                                        \
-        if (!call.known_dtypes()) return 1;                                                                   \
+        if (!call.known_dtypes(#Name)) return 1;                                                                \
         Name##_run(call);                                                                                     \
         return 0;                                                                                             \
     }                                                                                                         \

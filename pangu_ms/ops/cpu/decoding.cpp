@@ -55,22 +55,32 @@ ONE_SHAPE(DecodingRow) {
     return {shapes[0][0], shapes[0][1], shapes[1][0]};
 }
 
-// embedding [B, T, H], norm [H], hidden [B, T, H], norm [H], weight [H, 2 * H], norm [H], eps
-// -> x [B, T, H], and its norm
+// embedding [B, T, H], norm [H], hidden [B, T, H], norm [H], projection [H, 2 * H], eps -> x [B, T, H]
 OPERATOR(DecodingJoin) {
     const int64_t hidden = call.dim(4, 0), rows = call.size(0) / hidden;
-    const float eps = call.real(6);
-    float *both = scratch(COMPOSED_OWN, rows * 2 * hidden), *x = call.floats(7);
+    float* both = scratch(COMPOSED_OWN, rows * 2 * hidden);
     for (int64_t row = 0; row < rows; row++)
         for (int half = 0; half < 2; half++)
-            rms_norm(call.floats(2 * half) + row * hidden, call.floats(2 * half + 1), eps, hidden,
+            rms_norm(call.floats(2 * half) + row * hidden, call.floats(2 * half + 1), call.real(5), hidden,
                      both + (2 * row + half) * hidden);
-    linear(both, call.floats(4), rows, 2 * hidden, hidden, x);
-    for (int64_t row = 0; row < rows; row++)
-        rms_norm(x + row * hidden, call.floats(5), eps, hidden, call.floats(8) + row * hidden);
+    linear(both, call.floats(4), rows, 2 * hidden, hidden, call.floats(6));
 }
 
-MANY_SHAPES(DecodingJoin) { return {shape_of(0, ndims, shapes), shape_of(0, ndims, shapes)}; }
+ONE_SHAPE(DecodingJoin) { return shape_of(0, ndims, shapes); }
+
+// y [B, T, H], norm [H] of y, x [B, T, H], eps -> x and the norm of y added
+OPERATOR(DecodingAdd) {
+    const int64_t hidden = call.size(1);
+    for (int64_t at = 0; at < call.size(0); at += hidden) {
+        const float* x = call.floats(2) + at;
+        float* sum = call.floats(4) + at;
+        rms_norm(call.floats(0) + at, call.floats(1), call.real(3), hidden, sum);
+#pragma omp simd
+        for (int64_t i = 0; i < hidden; i++) sum[i] += x[i];
+    }
+}
+
+ONE_SHAPE(DecodingAdd) { return shape_of(0, ndims, shapes); }
 
 // x and y [B, T, H], norm [H] of y, norm [H] of the sum, eps -> the sum, and its norm
 OPERATOR(DecodingResidual) {

@@ -1,0 +1,57 @@
+"""What a compiled step does to the tensors of the cache: where rows lie, reading and writing them in place.
+
+The row of position p lies at slot p of a growing tensor, and at slot p mod R of a ring of R rows.
+"""
+import mindspore as ms
+from mindspore import ops
+
+from pangu_ms.device import replaceable
+
+
+def growing_slots(position, capacity):
+    """position int32 [B, T] -> slots int32 [B, T] in a growing tensor [B * capacity, D]."""
+    return position + ops.expand_dims(ops.arange(position.shape[0], dtype=ms.int32) * capacity, 1)
+
+
+def ring_slots(position, size, decode, count=None):
+    """Where `ring_update` reads and writes, for new rows at position int32 [B, T] and rings of `size` rows.
+
+    Args:
+        decode: few new rows, at most `size`: they alone are written. Otherwise all rows of the ring are.
+        count: int32 [1], how many of the new rows are real, the others padding; None: all.
+
+    Returns:
+        "read": slots int32 [B, size] of the rows before the new ones, oldest first; nothing real lies before position
+        0. "write": slots of the new rows [B, T], or of the last `size` rows, new or old [B, size]. And the arguments.
+    """
+    span = ops.arange(size, dtype=ms.int32)
+    if decode:
+        written = position
+    else:
+        last = position[:, -1:] if count is None else position[:, :1] + count - 1
+        written = last - size + 1 + span
+    return {"read": in_ring(position[:, :1] - size + span, size), "write": in_ring(written, size), "decode": decode,
+            "count": count}
+
+
+def in_ring(position, size):
+    """Slots of positions int32 [B, ...] of each sequence in rings [B * size, D]."""
+    return position % size + ops.expand_dims(ops.arange(position.shape[0], dtype=ms.int32) * size, 1)
+
+
+@replaceable
+def ring_update(ring, new, slots):
+    """Read the rows before `new` [B, T, D] from a ring, then let the ring hold the last rows. -> past [B, R, D]."""
+    past, count = ops.gather(ring, slots["read"], 0), slots["count"]
+    if slots["decode"]:
+        rows = new
+    elif count is None:
+        rows = ops.cat((past, new), 1)[:, -past.shape[1]:]
+    else:
+        rows = ops.gather(ops.cat((past, new), 1), count + ops.arange(past.shape[1], dtype=ms.int32), 1)
+    return ops.depend(past, ops.scatter_update(ring, slots["write"], rows))     # a write nobody uses is dropped
+
+
+def append(tensor, new, slots):
+    """Write `new` [B, T, D] into a growing tensor. -> the tensor with the rows in it [B * capacity, D]."""
+    return ops.scatter_update(tensor, slots, new)

@@ -1,0 +1,130 @@
+"""The steps of a layer in decoding, each compiled whole: for few tokens a launch costs more than most of what it does.
+
+Each has the name and the arguments of the step it replaces, and gives other calls to that formula. The operators find
+rows of the cache by position, and read and write them where they lie.
+"""
+import mindspore as ms
+import numpy as np
+from mindspore import ops
+from mindspore.ops.primitive import constexpr
+
+from pangu_ms.model import experts, indexer, latent_attention, mtp, residual
+from pangu_ms.ops.cpu.library import operator
+
+_latent_query = latent_attention.latent_query.formula
+_latent_keys = latent_attention.latent_keys.formula
+_attention_output = latent_attention.attention_output.formula
+_append_index_rows = indexer.append_index_rows.formula
+_select_rows = indexer.select_rows.formula
+_residual_pre = residual.residual_pre.formula
+_residual_post = residual.residual_post.formula
+_residual_post_pre = residual.residual_post_pre.formula
+_mtp_input = mtp.mtp_input.formula
+_moe = experts.moe.formula
+
+
+def latent_query(x, weights, taps, step, nope, copy):
+    if not step["decode"]:
+        return _latent_query(x, weights, taps, step, nope, copy)
+    norm = weights["norm"]
+    return operator("DecodingQuery")(x, weights["down"]["weight"], taps, weights["conv"]["weight"], norm["weight"],
+                                     weights["up"]["weight"], step["position"], step["cos"], step["sin"], nope,
+                                     norm["eps"])
+
+
+def latent_keys(x, weights, taps, kept, step, window):
+    """Decoding: the cache's tensor as it lies, [B * rows, D], with the new rows in it."""
+    if not step["decode"]:
+        return _latent_keys(x, weights, taps, kept, step, window)
+    norm = weights["norm"]
+    rows = operator("DecodingRow")(x, weights["down"]["weight"], taps, weights["conv"]["weight"], norm["weight"], kept,
+                                   step["position"], step["cos"], step["sin"], norm["eps"])
+    return ops.depend(kept, rows)
+
+
+def attention_output(q, sinks, keys, seen, weights, taps, step):
+    """Decoding: keys as `latent_keys` of this file gives them."""
+    if not step["decode"]:
+        return _attention_output(q, sinks, keys, seen, weights, taps, step)
+    norm = sinks["norm"]
+    kv_b, conv, out = weights["kv_b"]["weight"], weights["conv"]["weight"], weights["out"]["weight"]
+    if "indices" in seen:
+        return operator("DecodingChosen")(
+            q, sinks["latent"], sinks["k_pe"], norm["weight"], keys, kv_b, taps, conv, out, step["position"],
+            seen["indices"], weights["scale"], norm["eps"])
+    return operator("DecodingAttention")(
+        q, sinks["latent"], sinks["k_pe"], norm["weight"], keys, kv_b, taps, conv, out, step["position"],
+        seen["window"], weights["scale"], norm["eps"])
+
+
+def append_index_rows(x, weights, kept, step):
+    if not step["decode"]:
+        return _append_index_rows(x, weights, kept, step)
+    norm = weights["key_norm"]
+    return ops.depend(kept, operator("DecodingIndexRow")(x, weights["key"]["weight"], norm["weight"], kept,
+                                                         step["position"], step["cos"], step["sin"], norm["eps"]))
+
+
+def select_rows(x, q_latent, weights, kept, step):
+    if not step["decode"]:
+        return _select_rows(x, q_latent, weights, kept, step)
+    norm = weights["key_norm"]
+    indices = operator("DecodingSelect")(
+        x, weights["key"]["weight"], norm["weight"], kept, step["position"], step["cos"], step["sin"], q_latent,
+        weights["query"]["weight"], weights["head_weights"]["weight"], _places(weights["topk"]), norm["eps"])
+    return indices, kept
+
+
+@constexpr
+def _places(count):
+    """How many rows are selected, as a shape: operators infer theirs from shapes alone."""
+    return ms.Tensor(np.arange(count), ms.int32)
+
+
+def residual_pre(stream, gates, norm, step):
+    if gates is None or not step["decode"]:
+        return _residual_pre(stream, gates, norm, step)
+    x, post, mix = operator("DecodingRead")(
+        stream, norm["weight"], gates["norm"]["weight"], gates["phi"]["weight"], gates["alpha"], gates["beta"],
+        gates["norm"]["eps"], gates["rounds"], norm["eps"])
+    return x, (post, mix)
+
+
+def residual_post(y, norm, back, stream, step):
+    if not step["decode"]:
+        return _residual_post(y, norm, back, stream, step)
+    if len(back) == 0:
+        return operator("DecodingAdd")(y, norm["weight"], stream, norm["eps"])
+    return operator("DecodingWrite")(y, norm["weight"], back[0], back[1], stream, norm["eps"])
+
+
+def residual_post_pre(y, norm, back, stream, next_gates, next_norm, step):
+    if not step["decode"]:
+        return _residual_post_pre(y, norm, back, stream, next_gates, next_norm, step)
+    if next_gates is None:
+        stream, x = operator("DecodingResidual")(stream, y, norm["weight"], next_norm["weight"], norm["eps"])
+        return stream, x, ()
+    stream, x, post, mix = operator("DecodingTurn")(
+        y, norm["weight"], back[0], back[1], stream, next_norm["weight"], next_gates["norm"]["weight"],
+        next_gates["phi"]["weight"], next_gates["alpha"], next_gates["beta"], next_gates["norm"]["eps"],
+        next_gates["rounds"], next_norm["eps"])
+    return stream, x, (post, mix)
+
+
+def mtp_input(embedding, hidden, weights, step):
+    if not step["decode"]:
+        return _mtp_input(embedding, hidden, weights, step)
+    first, second = weights["embedding_norm"], weights["hidden_norm"]
+    return operator("DecodingJoin")(embedding, first["weight"], hidden, second["weight"],
+                                    weights["projection"]["weight"], first["eps"])
+
+
+def moe(x, router, experts, shared, decode):
+    """Decoding: without the router's logits."""
+    if not decode:
+        return _moe(x, router, experts, shared, decode)
+    y, ids, weights = operator("DecodingExperts")(
+        x, router["gate"]["weight"], router["bias"], router["scale"], router["normalise"], experts["gate"]["weight"],
+        experts["up"]["weight"], experts["down"]["weight"], shared["gate"]["weight"], shared["up"]["weight"],
+        shared["down"]["weight"])
+    return y, {"ids": ids, "weights": weights}

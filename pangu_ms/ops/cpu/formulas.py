@@ -1,0 +1,85 @@
+"""The compiled forms of single formulas, with gradients. Each has the name and the arguments of what it replaces."""
+from pangu_ms.cache import rings
+from pangu_ms.ops.cpu.library import operator
+
+_ring_update = rings.ring_update.formula
+
+
+def linear(x, matrix):
+    return operator("Linear")(x, matrix["weight"])
+
+
+def rms_norm(x, norm):
+    return operator("RmsNorm")(x, norm["weight"], norm["eps"])
+
+
+def swiglu(gate, up):
+    return operator("Swiglu")(gate, up)
+
+
+def masked_softmax(score, visible, scale):
+    return operator("MaskedSoftmax")(score, visible, scale)
+
+
+def apply_rope(x, cos, sin, start):
+    return operator("Rotate")(x, cos, sin, start)
+
+
+def rotary_angles(coarse, fine, position):
+    return operator("RotaryAngles")(position, coarse, fine)
+
+
+def short_conv(x, past, conv, mask):
+    return operator("ShortConv")(x, past, conv, mask)
+
+
+def ring_update(ring, new, slots):
+    if slots["count"] is not None:
+        return _ring_update(ring, new, slots)
+    return operator("Remember")(ring, new, slots["read"], slots["write"], slots["decode"])
+
+
+def mhc_pre(streams, gates):
+    return operator("HyperConnectionRead")(streams, gates["norm"]["weight"], gates["phi"]["weight"], gates["alpha"],
+                                           gates["beta"], gates["norm"]["eps"], gates["rounds"])
+
+
+def mhc_post(y, post, residual_mix, streams):
+    return operator("HyperConnectionWrite")(y, post, residual_mix, streams)
+
+
+def mhc_merge(streams, gates):
+    return operator("HyperConnectionMerge")(streams, gates["norm"]["weight"], gates["phi"]["weight"], gates["alpha"],
+                                            gates["beta"], gates["norm"]["eps"])
+
+
+def latent_rows(latent, kv, norm, cos, sin):
+    return operator("LatentRows")(latent, kv, norm["weight"], cos, sin, norm["eps"])
+
+
+def expanded_attention(q, sinks, keys, visible, kv_b, scale):
+    return operator("ExpandedAttention")(q, sinks, keys, visible, kv_b["weight"], scale)
+
+
+def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
+    return operator("AbsorbedAttention")(q, sinks, keys, visible, kv_b["weight"], scale)
+
+
+def choose_experts(logits, bias, scale, normalise):
+    return operator("Route")(logits, bias, scale, normalise)
+
+
+def experts_gathered(x, ids, weights, matrices):
+    return operator("Experts")(x, ids, weights, matrices["gate"]["weight"], matrices["up"]["weight"],
+                               matrices["down"]["weight"])
+
+
+experts_grouped = experts_gathered  # one operator for any number of tokens
+
+
+def feed_forward(x, matrices):
+    return operator("FeedForward")(x, matrices["gate"]["weight"], matrices["up"]["weight"], matrices["down"]["weight"])
+
+
+def cross_entropy(hidden, head, labels, mask):
+    return operator("CrossEntropy")(hidden, head["weight"], labels, mask)

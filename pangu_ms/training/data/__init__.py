@@ -1,0 +1,1 @@
+"""Training data: files of texts and chats to token ids, and those to sequences of one length. Needs no MindSpore."""

@@ -1,0 +1,27 @@
+"""The routers' losses, each a float32 scalar, and how the experts were loaded (section 11)."""
+import mindspore as ms
+from mindspore import ops
+
+
+def expert_load(ids, experts, real):
+    """ids int32 [B, T, K], real [B, T] of `real_rows` -> tokens of each expert in each sequence, float32 [B, E]."""
+    hit = ops.expand_dims(ids, -1) == ops.arange(experts, dtype=ms.int32)       # [B, T, K, E]
+    return ops.sum(ops.cast(hit, ms.float32) * ops.reshape(real, real.shape + (1, 1)), (1, 2))
+
+
+def balance_loss(load, logits, real):
+    """How far the routing of each sequence is from even: 1 for an even one, 0 for one of padding.
+
+    load [B, E] of `expert_load`, logits [B, T, E], real [B, T]. Only the share of the scores has a gradient, the count
+    of tokens none.
+    """
+    score = ops.sigmoid(logits)
+    share = score / ops.sum(score, -1, keepdim=True) * ops.expand_dims(real, -1)
+    share = ops.sum(share, 1) / ops.maximum(ops.sum(real, 1, keepdim=True), 1.0)                # [B, E]
+    even = ops.maximum(ops.sum(load, -1, keepdim=True), 1.0) / load.shape[-1]
+    return ops.mean(ops.sum(ops.stop_gradient(load / even) * share, -1))
+
+
+def z_loss(logits, weight):
+    """logits [B, T, E], weight [B, T] of each row: the square of their log-sum-exp, which keeps them small."""
+    return ops.sum(ops.square(ops.logsumexp(logits, -1)) * weight)

@@ -1,0 +1,56 @@
+"""What a run trains besides the language model: the `pangu_training` section of a YAML file."""
+import dataclasses
+from dataclasses import dataclass
+
+from pangu_ms.errors import ConfigError
+from pangu_ms.yaml_file import check_section
+
+INDEXER_LOSS = ("off", "dense", "sparse")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Weights of the losses, and rates. The defaults are those of public training code (section 11).
+
+    Attributes:
+        mtp_loss_weight: weight of the MTP losses' mean over depths.
+        indexer_loss: "off"; "dense" is the warm-up: DSA layers see everything, the indexer learns where they look, and
+            all else is frozen; "sparse": DSA layers see what the indexer selects, and it learns among that.
+        indexer_loss_coeff: weight of the indexer loss's mean over DSA layers. "dense" has no other loss.
+        balance_loss_coeff: weight of the sequence-wise balance loss's mean over MoE layers. 0: it is not computed.
+        z_loss_coeff: weight of the router z loss's mean over MoE layers. 0: it is not computed.
+        router_bias_update_rate: how far each optimizer step moves the selection bias of an expert towards an even load.
+        moe_init_std: standard deviation of a new model's experts and routers.
+        post_norm_init: weight of the norms behind attention and feed-forward in a new model. With 1, as in public code,
+            the first sublayer drowns the embedding, and routers send all tokens the same way until these weights have
+            come down. Depth-scaled weights, as published for Pangu Ultra, start below 1.
+
+    Raises:
+        ConfigError: a value that is out of its range.
+    """
+
+    mtp_loss_weight: float = 1.0
+    indexer_loss: str = "off"
+    indexer_loss_coeff: float = 1.0
+    balance_loss_coeff: float = 0.0
+    z_loss_coeff: float = 0.0
+    router_bias_update_rate: float = 0.0
+    moe_init_std: float = 0.00206
+    post_norm_init: float = 1.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is float:
+                if type(value) not in (int, float) or not 0 <= value < float("inf"):
+                    raise ConfigError(f"pangu_training.{field.name}: found {value!r}, wanted a number of at least 0")
+                object.__setattr__(self, field.name, float(value))
+        if self.indexer_loss not in INDEXER_LOSS:
+            raise ConfigError(f"pangu_training.indexer_loss: found {self.indexer_loss!r}, wanted one of "
+                              f"{', '.join(INDEXER_LOSS)} (in YAML off is false: put it in quotes)")
+
+    @classmethod
+    def from_dict(cls, fields):
+        """The settings of a YAML section; `ConfigError` names an unknown key and the nearest known one."""
+        check_section("pangu_training", fields, [field.name for field in dataclasses.fields(cls)])
+        return cls(**fields)

@@ -1,0 +1,1 @@
+"""Muon for the matrices, AdamW for everything else."""

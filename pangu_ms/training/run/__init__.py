@@ -1,0 +1,1 @@
+"""A run: its checkpoints, what it logs, MindFormers around it, the command."""

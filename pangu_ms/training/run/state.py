@@ -1,0 +1,172 @@
+"""Checkpoints of a training run: one directory each, there completely or not at all.
+
+    OUTPUT_DIR/checkpoints/step_000100/
+        config.json, model.safetensors, tokenizer files    a checkpoint like any other of ours: pangu-generate reads it,
+                                                           pangu-convert ms2hf turns it into the released layout
+        training/optimizer.safetensors, state.json         what a resumed run needs besides, to go on with the same
+                                                           numbers
+
+A checkpoint is written under another name, put on the disk, and renamed. What an interrupted write or removal leaves
+ends in .partial and is never taken for a checkpoint. Ranks that share a model write one checkpoint together, the same
+that one process would write, and any other ranks can go on from it. Needs no MindSpore.
+"""
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pangu_ms.architectures.fields import Config
+from pangu_ms.checkpoint.directory import checkpoints, read_config, step_directory
+from pangu_ms.checkpoint.shards import SINGLE_FILE
+from pangu_ms.conversion.write import sync
+from pangu_ms.errors import CheckpointError, ConfigError
+from pangu_ms.parallel.ranks import Ranks
+from pangu_ms.training.run.sharded_files import Share, lay_out, read_parts, write_parts
+
+LOG_FILE = "log.jsonl"
+OPTIMIZER_FILE = os.path.join("training", "optimizer.safetensors")
+STATE_FILE = os.path.join("training", "state.json")
+PARTIAL = ".partial"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "chat_template.jinja", "generation_config.json")
+_BEFORE = "remove {} to resume from the one before"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        step: optimizer steps done.
+        sequences: sequences consumed by them, the cursor into the data's order.
+        seed: of data order and initial values.
+        fields: the run's configuration, values by dotted key; see `check_fields`.
+    """
+
+    step: int
+    sequences: int
+    seed: int
+    fields: dict[str, Any]
+
+
+def save_checkpoint(output_dir: str, config: Config, weights: dict[str, np.ndarray],
+                    optimizer: dict[str, np.ndarray], state: RunState, keep: int, tokenizer: str | None = None,
+                    ranks: Ranks = Ranks(), wait: Callable[[], None] = lambda: None) -> str:
+    """Write `state.step`'s checkpoint, then remove all but the newest `keep`.
+
+    Args:
+        weights, optimizer: arrays by parameter name, in the dtype they are trained in; this rank's parts of them.
+        tokenizer: a directory whose tokenizer files come along.
+        ranks: how processes share the model, and which of them this is. A data parallel copy's arrays are not looked
+            at: the first copy has written them.
+        wait: returns when all processes of the run have called it.
+
+    Returns:
+        The checkpoint's directory.
+
+    Raises:
+        CheckpointError: the disk is full or does not take it; earlier checkpoints stay as they are.
+    """
+    target = step_directory(output_dir, state.step)
+    partial = target + PARTIAL
+    files = {os.path.join(partial, SINGLE_FILE): weights, os.path.join(partial, OPTIMIZER_FILE): optimizer}
+    share, writes = Share(config, ranks), ranks.rank < ranks.tensor * ranks.expert
+    try:
+        if ranks.rank == 0:
+            _begin(partial, config, tokenizer)
+            for path, arrays in files.items():
+                lay_out(path, arrays, share)
+        wait()
+        for path, arrays in files.items() if writes else ():
+            write_parts(path, arrays, share)
+        wait()
+        if ranks.rank == 0:
+            _finish(partial, target, state)
+            for old in checkpoints(output_dir)[:-keep]:
+                os.rename(old, old + PARTIAL)  # half removed, it must not look like a checkpoint
+                shutil.rmtree(old + PARTIAL)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{error.filename}: not there for rank {ranks.rank}; choose an output_dir that all "
+                              "processes reach") from None
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error.strerror}; make room or choose another output_dir, "
+                              "then --resume goes on from the checkpoint before") from None
+    return target
+
+
+def _begin(partial: str, config: Config, tokenizer: str | None) -> None:
+    """Write what comes before the arrays, and remove what an interrupted write has left."""
+    parent = os.path.dirname(partial)
+    os.makedirs(parent, exist_ok=True)
+    for name in os.listdir(parent):
+        if name.endswith(PARTIAL):
+            shutil.rmtree(os.path.join(parent, name))
+    os.makedirs(os.path.join(partial, "training"))
+    config.save_pretrained(partial)
+    for name in TOKENIZER_FILES:
+        if tokenizer and os.path.isfile(os.path.join(tokenizer, name)):
+            shutil.copyfile(os.path.join(tokenizer, name), os.path.join(partial, name))
+
+
+def _finish(partial: str, target: str, state: RunState) -> None:
+    """Write the state, have all of it on the disk, and give the directory its name."""
+    with open(os.path.join(partial, STATE_FILE), "w", encoding="utf-8") as file:
+        json.dump(asdict(state), file, indent=1)
+    for directory, _, names in os.walk(partial, topdown=False):
+        for name in (*names, ""):
+            sync(os.path.join(directory, name))
+    os.rename(partial, target)
+    sync(os.path.dirname(target))
+
+
+def read_state(directory: str) -> RunState:
+    """The state beside a checkpoint's weights; `CheckpointError` when no run has written it."""
+    path = os.path.join(directory, STATE_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return RunState(**json.load(file))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {_BEFORE.format(directory)}") from None
+
+
+def read_checkpoint(directory: str, ranks: Ranks = Ranks()) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(weights, optimizer) as they were given to `save_checkpoint`: one rank's parts, whatever ranks wrote them.
+
+    bfloat16 comes as uint16 bit patterns.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or does not fit config.json.
+    """
+    found, share = [], Share(read_config(directory), ranks)
+    for name in (SINGLE_FILE, OPTIMIZER_FILE):
+        path = os.path.join(directory, name)
+        try:
+            found.append(read_parts(path, share))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_BEFORE.format(directory)}") from None
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; or {_BEFORE.format(directory)}") from None
+    return found[0], found[1]
+
+
+def check_fields(directory: str, state: RunState, fields: dict[str, Any]) -> None:
+    """`ConfigError` names the first key in which a run's configuration differs from the one it would continue."""
+    missing = object()
+    for key in sorted(state.fields.keys() | fields.keys()):
+        before, now = state.fields.get(key, missing), fields.get(key, missing)
+        if before != now:
+            shown = ["nothing" if value is missing else repr(value) for value in (before, now)]
+            raise ConfigError(f"{key}: found {shown[1]}, but {directory} was trained with {shown[0]}; put that back to "
+                              "resume, or choose another output_dir for a new run")
+
+
+def flatten(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key: {"a": {"b": 1}} -> {"a.b": 1}. Lists stay values."""
+    flat = {}
+    for key, value in fields.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,195 @@
+"""Formulas by their names as functions of tensors alone: the handles that they take are put together inside."""
+from mindspore import ops
+
+from pangu_ms.cache import rings
+from pangu_ms.model import cross_entropy as losses
+from pangu_ms.model import elementary, experts, indexer, mtp, norm, residual, rope, router
+from pangu_ms.model import feed_forward as dense
+from pangu_ms.model import hyper_connection as mhc
+from pangu_ms.model import latent_attention as mla
+from pangu_ms.model import linear as projections
+from pangu_ms.model import short_conv as conv
+
+swiglu, masked_softmax, top_k = elementary.swiglu, elementary.masked_softmax, elementary.top_k
+softmax, sigmoid = elementary.softmax, elementary.sigmoid
+apply_rope, short_conv, mhc_post = rope.apply_rope, conv.short_conv, mhc.mhc_post
+choose_experts, topk_indices = router.choose_experts, indexer.topk_indices
+
+
+def matrix(weight):
+    return {"weight": weight}
+
+
+def normed(weight, eps):
+    return {"weight": weight, "eps": eps}
+
+
+def linear(x, weight):
+    return projections.linear(x, matrix(weight))
+
+
+def rms_norm(x, weight, eps):
+    return norm.rms_norm(x, normed(weight, eps))
+
+
+def latent_rows(latent, kv, weight, cos, sin, eps):
+    return mla.latent_rows(latent, kv, normed(weight, eps), cos, sin)
+
+
+def gates(gamma, phi, alpha, beta, eps, rounds):
+    return {"norm": normed(gamma, eps), "phi": matrix(phi), "alpha": alpha, "beta": beta, "rounds": rounds}
+
+
+def mhc_pre(streams, gamma, phi, alpha, beta, eps, rounds):
+    return mhc.mhc_pre(streams, gates(gamma, phi, alpha, beta, eps, rounds))
+
+
+def mhc_merge(streams, gamma, phi, alpha, beta, eps):
+    return mhc.mhc_merge(streams, gates(gamma, phi, alpha, beta, eps, 0))
+
+
+def matrices(gate, up, down):
+    return {"gate": matrix(gate), "up": matrix(up), "down": matrix(down)}
+
+
+def experts_gathered(x, ids, weights, gate, up, down):
+    return experts.experts_gathered(x, ids, weights, matrices(gate, up, down))
+
+
+def experts_grouped(x, ids, weights, gate, up, down):
+    return experts.experts_grouped(x, ids, weights, matrices(gate, up, down))
+
+
+def feed_forward(x, gate, up, down):
+    return dense.feed_forward(x, matrices(gate, up, down))
+
+
+def cross_entropy(hidden, weight, labels, mask):
+    return losses.cross_entropy(hidden, matrix(weight), labels, mask)
+
+
+def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
+    return mla.absorbed_attention(q, sinks, keys, visible, matrix(kv_b), scale)
+
+
+def expanded_attention(q, sinks, keys, visible, kv_b, scale):
+    return mla.expanded_attention(q, sinks, keys, visible, matrix(kv_b), scale)
+
+
+def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
+    return mla.sparse_attention(q, sinks, keys, indices, position, matrix(kv_b), scale)
+
+
+# ---------------------------------------------------------------- steps of decoding, for layers with a cache
+
+def step(position, cos, sin, ring=None, slack_taps=None, width=3, window=0, places=None, sinks=0):
+    """The `StepInfo` of few tokens, for rings of `slack_taps` and `ring` rows, or tensors of `places` rows."""
+    at = ops.expand_dims(position, 2)
+    found = {"position": position, "cos": cos, "sin": sin, "conv_mask": at >= width - 1, "decode": True,
+             "sparse": False, "rings": {}, "visible": {}}
+    if slack_taps is not None:
+        found["taps"] = rings.ring_slots(position, slack_taps, True)
+    if window:
+        found["rings"][window] = rings.ring_slots(position, ring, True)
+        row = ops.arange(position.shape[1], dtype=position.dtype)
+        distance = ops.expand_dims(row, 1) + ring - ops.arange(position.shape[1] + ring, dtype=position.dtype)
+        seen = ops.logical_and(ops.logical_and(distance >= 0, distance <= at), distance < window)
+        found["visible"][window] = mla.with_sinks(seen, sinks)
+    elif places is not None:
+        found["slots"] = rings.growing_slots(position, places)
+        distance = at - ops.arange(places, dtype=position.dtype)
+        found["visible"][0] = mla.with_sinks(ops.logical_and(distance >= 0, distance <= at), sinks)
+    return found
+
+
+def identity(x):
+    return x
+
+
+def latent_query(x, down, taps, conv_weight, weight, up, position, cos, sin, nope, eps):
+    weights = {"down": matrix(down), "conv": matrix(conv_weight), "norm": normed(weight, eps), "up": matrix(up),
+               "heads": up.shape[0] // (nope + 2 * cos.shape[-1])}
+    info = step(position, cos, sin, slack_taps=taps.shape[0] // x.shape[0], width=conv_weight.shape[2])
+    return mla.latent_query(x, weights, taps, info, nope, identity)
+
+
+def attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps, out_conv,
+           out, heads, window, scale, eps):
+    """`latent_keys`, then `attention_output` over them: a layer in a window, or of growing rows where that is 0."""
+    return _attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps,
+                   out_conv, out, heads, window, scale, eps, None)
+
+
+def attend_sparse(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps,
+                  out_conv, out, indices, heads, scale, eps):
+    """The same over growing rows, of which a query sees those that were selected."""
+    return _attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps,
+                   out_conv, out, heads, 0, scale, eps, indices)
+
+
+def _attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps, out_conv,
+            out, heads, window, scale, eps, indices):
+    batch = x.shape[0]
+    info = step(position, cos, sin, kept.shape[0] // batch, row_taps.shape[0] // batch, row_conv.shape[2], window,
+                kept.shape[0] // batch, latent.shape[0])
+    rows = {"down": matrix(down), "conv": matrix(row_conv), "norm": normed(weight, eps), "latent": weight.shape[0]}
+    keys = mla.latent_keys(x, rows, row_taps, kept, info, window)
+    sinks = {"latent": latent, "k_pe": k_pe, "norm": normed(weight, eps)}
+    weights = {"kv_b": matrix(kv_b), "conv": matrix(out_conv), "out": matrix(out), "heads": heads, "scale": scale}
+    info["taps"] = rings.ring_slots(position, out_taps.shape[0] // batch, True)
+    seen = {"window": window, "visible": info["visible"][window]}
+    if indices is not None:
+        seen = {"window": window, "indices": indices}
+    return mla.attention_output(q, sinks, keys, seen, weights, out_taps, info)
+
+
+def append_index_rows(x, key, weight, kept, position, cos, sin, eps):
+    info = step(position, cos, sin, places=kept.shape[0] // x.shape[0])
+    return indexer.append_index_rows(x, {"key": matrix(key), "key_norm": normed(weight, eps)}, kept, info)
+
+
+def select_rows(x, key, weight, kept, position, cos, sin, q_latent, query, head_weights, places, eps):
+    weights = {"key": matrix(key), "key_norm": normed(weight, eps), "query": matrix(query),
+               "head_weights": matrix(head_weights), "dim": kept.shape[1], "topk": places.shape[0], "scale": 1.0}
+    info = step(position, cos, sin, places=kept.shape[0] // x.shape[0])
+    return indexer.select_rows(x, q_latent, weights, kept, info)[0]
+
+
+def residual_pre(streams, weight, gamma, phi, alpha, beta, eps, rounds, norm_eps):
+    x, back = residual.residual_pre(streams, gates(gamma, phi, alpha, beta, eps, rounds), normed(weight, norm_eps),
+                                    {"decode": True})
+    return x, back[0], back[1]
+
+
+def residual_post(y, weight, post, mix, streams, eps):
+    return residual.residual_post(y, normed(weight, eps), (post, mix), streams, {"decode": True})
+
+
+def residual_post_pre(y, weight, post, mix, streams, next_weight, gamma, phi, alpha, beta, eps, rounds, norm_eps):
+    stream, x, back = residual.residual_post_pre(
+        y, normed(weight, norm_eps), (post, mix), streams, gates(gamma, phi, alpha, beta, eps, rounds),
+        normed(next_weight, norm_eps), {"decode": True})
+    return stream, x, back[0], back[1]
+
+
+def plain_residual_post(y, weight, x, eps):
+    return residual.residual_post(y, normed(weight, eps), (), x, {"decode": True})
+
+
+def plain_residual_post_pre(y, weight, x, next_weight, eps):
+    stream, x, _ = residual.residual_post_pre(y, normed(weight, eps), (), x, None, normed(next_weight, eps),
+                                              {"decode": True})
+    return stream, x
+
+
+def mtp_input(embedding, embedding_norm, hidden, hidden_norm, projection, eps):
+    weights = {"embedding_norm": normed(embedding_norm, eps), "hidden_norm": normed(hidden_norm, eps),
+               "projection": matrix(projection)}
+    return mtp.mtp_input(embedding, hidden, weights, {"decode": True})
+
+
+def moe(x, gate, bias, scale, normalise, gates_, ups, downs, shared_gate, shared_up, shared_down):
+    routing = {"gate": matrix(gate), "bias": bias, "scale": scale, "normalise": normalise}
+    y, found = experts.moe(x, routing, matrices(gates_, ups, downs), matrices(shared_gate, shared_up, shared_down),
+                           True)
+    return y, found["ids"], found["weights"]

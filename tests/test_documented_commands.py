@@ -1,0 +1,133 @@
+"""Every command of the documents, as written, in a directory where a small model and small data have its names."""
+import io
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+from toy_tokenizer import train_tokenizer
+
+from pangu_ms.architectures import config_from_dict
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.architectures.tensors import parameters
+from pangu_ms.checkpoint.directory import checkpoints
+from pangu_ms.conversion.command import main as convert
+from pangu_ms.generation.command import main as generate
+from pangu_ms.training.run.command import main as train
+from pangu_ms.yaml_file import read_yaml
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "configs/openpangu_v2/README.md", "configs/openpangu_v2/CLUSTER.md")
+# A fresh clone runs these before this test, another test that, and no machine here has the devices for the others.
+ELSEWHERE = re.compile(r"make (demo|test)$|python3.11 -m venv|.venv/bin/pip|python examples/toy_corpus.py"
+                       r"|msrun --worker_num=(8|64) |python tools/bench.py ")
+COMMANDS = {"pangu-generate": generate, "pangu-train": train, "pangu-convert": convert}
+
+
+def commands(document):
+    """The words of each command: an indented line, which may go on in the next and end in a comment."""
+    text = re.sub(r"```.*?```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = re.findall(r"^    (\S.*)", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(line, comments=True) for line in lines
+            if not re.match(r"\w+/", line)]                                     # a line of the drawing of directories
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, data):
+    """As a clone with data in it; the toy, its data and the sizes in its YAML files are smaller."""
+    directory = tmp_path_factory.mktemp("clone")
+    for name in ("tools", "tests"):
+        (directory / name).symlink_to(ROOT / name)
+    texts = [" ".join(f"word{word}" for word in row)
+             for row in np.random.default_rng(0).integers(0, 50, (30, 16)).tolist()]
+    chats = [{"thinking": False, "messages": [{"role": role, "content": text[:12]} for role in ("user", "assistant")]}
+             for text in texts]
+    (directory / "data").mkdir()
+    for name, lines in (("pretrain", [{"text": text} for text in texts]), ("chats", chats)):
+        (directory / "data" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train_tokenizer(texts, 268, directory / "data" / "tokenizer")
+
+    model = PanguConfig.from_pretrained(data / "tiny").to_dict()
+    model = {name: value for name, value in model.items() if name in PanguConfig.given_fields()}
+    model |= {"vocab_size": 268, "num_attention_heads": 4, "num_hidden_layers": 1, "num_nextn_predict_layers": 1,
+              "first_k_dense_replace": 0, "dsa_layers": [0], "swa_layers": [1], "sliding_window_list": [7],
+              "block_post_layernorm_idx": [0], "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
+    (directory / "configs").mkdir()
+    files = directory / "configs" / "openpangu_v2"
+    files.mkdir()
+    for path in (ROOT / "configs" / "openpangu_v2").glob("*.yaml"):
+        fields = read_yaml(str(path))
+        if path.stem.endswith("cpu"):
+            if not fields.get("load_checkpoint"):
+                fields["model"]["model_config"] = model
+            fields["train_dataset"]["data_loader"]["seq_length"] = 64
+            fields["callbacks"][1]["save_checkpoint_steps"] = 4
+        (files / path.name).write_text(yaml.safe_dump(fields))
+
+    toy, random, config = directory / "examples" / "toy", np.random.default_rng(0), config_from_dict(model)
+    train_tokenizer(texts, 268, toy)
+    config.save_pretrained(toy)
+    save_file({name: random.normal("norm" in name, 0.2, p.shape).astype(np.float32)
+               for name, p in parameters(config).items()}, toy / "model.safetensors")
+    return directory
+
+
+def run(words):
+    """The exit code of a command, in this process if it is not to run in several."""
+    if words[0] == "msrun":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        return subprocess.run(["msrun", f"--master_port={port}", *words[1:]], timeout=600, stdout=subprocess.DEVNULL,
+                              env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "GLOG_v": "3"}).returncode
+    if words[0] != "python":
+        return COMMANDS[words[0]](words[1:])
+    name = words[1 + (words[1] == "-m")]
+    sys.argv = words[words.index(name):]
+    try:
+        (runpy.run_module if words[1] == "-m" else runpy.run_path)(name, run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def interrupt(words):
+    """Makes of the run that a command will resume one that was interrupted: its end is not there."""
+    output = next((word for word in words if word.startswith("output_dir=")), "output_dir=output/pretrain")
+    shutil.rmtree(checkpoints(output.partition("=")[2])[-1])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands(document, directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    for made in ("output", "converted", "released"):
+        shutil.rmtree(made, ignore_errors=True)
+    for words in commands(document):
+        line = " ".join(words)
+        if ELSEWHERE.match(line):
+            continue
+        if "--resume" in words:
+            interrupt(words)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("word1 word2\n/exit\n"))
+        assert run(words) == 0, line
+
+
+def test_python_of_the_readme(directory, monkeypatch):
+    monkeypatch.chdir(directory)
+    code, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(code, found := {})
+    assert found["logits"].shape[1] == len(found["prompt"]) and found["response"].finish_reason in ("stop", "length")

@@ -1,0 +1,34 @@
+"""The `pangu_training` section."""
+import pytest
+
+from pangu_ms.errors import ConfigError
+from pangu_ms.training.objectives.settings import TrainingSettings
+
+
+def test_defaults_train_the_language_model_alone():
+    settings = TrainingSettings.from_dict({})
+    assert settings == TrainingSettings() and settings.indexer_loss == "off" and settings.mtp_loss_weight == 1.0
+    assert settings.balance_loss_coeff == settings.z_loss_coeff == settings.router_bias_update_rate == 0.0
+
+
+def test_whole_numbers_become_floats():
+    settings = TrainingSettings.from_dict({"mtp_loss_weight": 2, "indexer_loss": "sparse"})
+    assert settings.mtp_loss_weight == 2.0 and type(settings.mtp_loss_weight) is float
+    assert settings.indexer_loss == "sparse"
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"mtp_weight": 1}, "pangu_training.mtp_weight: no such key; did you mean mtp_loss_weight"),
+    ({"indexer_los": "off"}, "pangu_training.indexer_los: no such key; did you mean indexer_loss"),
+    ({"z_loss_coeff": -1e-3}, "pangu_training.z_loss_coeff: found -0.001, wanted a number of at least 0"),
+    ({"z_loss_coeff": "1e-3"}, "pangu_training.z_loss_coeff: found '1e-3', wanted a number"),
+    ({"moe_init_std": float("nan")}, "pangu_training.moe_init_std: found nan, wanted a number"),
+    ({"mtp_loss_weight": float("inf")}, "pangu_training.mtp_loss_weight: found inf"),
+    ({"mtp_loss_weight": True}, "pangu_training.mtp_loss_weight: found True"),
+    ({"indexer_loss": False}, "pangu_training.indexer_loss: found False, wanted one of off, dense, sparse .*quotes"),
+    ({"indexer_loss": "warm"}, "pangu_training.indexer_loss: found 'warm', wanted one of off, dense, sparse"),
+])
+def test_a_wrong_setting_is_one_line_that_names_it(fields, message):
+    with pytest.raises(ConfigError, match=message) as raised:
+        TrainingSettings.from_dict(fields)
+    assert "\n" not in str(raised.value)

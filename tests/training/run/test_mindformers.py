@@ -1,0 +1,185 @@
+"""What MindFormers sees of this package. Importing it takes seconds, so these tests share one process."""
+import copy
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.errors import PanguError
+from pangu_ms.training.data import loader as loader_module
+from pangu_ms.yaml_file import read_yaml
+
+CONFIGS = Path(__file__).parents[3] / "configs" / "openpangu_v2"
+TOY = read_yaml(str(CONFIGS / "pretrain_toy_cpu.yaml"))
+
+
+@pytest.fixture(scope="module")
+def mindformers(tmp_path_factory):
+    """Our module, imported so that MindFormers' log directory is not made in the current one."""
+    before = os.environ.get("LOCAL_DEFAULT_PATH")
+    os.environ["LOCAL_DEFAULT_PATH"] = str(tmp_path_factory.mktemp("mindformers"))
+    from pangu_ms.training.run import mindformers
+    yield mindformers
+    del os.environ["LOCAL_DEFAULT_PATH"]
+    if before is not None:
+        os.environ["LOCAL_DEFAULT_PATH"] = before
+
+
+def changed(**values):
+    """The toy file with values by dotted key ("__" for the dot); None takes a key out."""
+    fields = copy.deepcopy(TOY)
+    for key, value in values.items():
+        section, *inner = fields, *key.split("__")
+        for name in inner[:-1]:
+            section = section[int(name) if isinstance(section, list) else name]
+        section[inner[-1]] = value
+    return fields
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"model__model_config__hiden_size": 1}, "model.model_config.hiden_size: no such key; did you mean hidden_size?"),
+    ({"pangu_training__mtp_weight": 1}, "pangu_training.mtp_weight: .*did you mean mtp_loss_weight?"),
+    ({"pangu_trainig": {}}, "pangu_trainig: no such section; did you mean pangu_training?"),
+    ({"lr_schedul": {}}, "lr_schedul: no such section; did you mean lr_schedule?"),
+    ({"train_dataset__data_loader__seq_len": 1}, "data_loader.seq_len: no such key; did you mean seq_length?"),
+    ({"train_dataset__data_loader__type": "PanguJsonLoader"}, "no PanguJsonLoader; did you mean PanguJsonlLoader?"),
+    ({"optimizer__weight_decy": 1}, "optimizer.weight_decy: no such key; did you mean weight_decay?"),
+    ({"runner_wrapper__max_norm": 1}, "runner_wrapper.max_norm: no such key; did you mean max_grad_norm?"),
+    ({"callbacks__1__save_steps": 1}, "callbacks.PanguCheckpoint.save_steps: .*did you mean save_checkpoint_steps?"),
+    ({"trainer__type": "CausalLanguageModelingTrainer"}, "trainer.type: found CausalLang.*wanted PanguTrainer"),
+    ({"train_dataset__input_columns": ["input_ids"]}, "input_columns: found .*wanted"),
+    ({"runner_wrapper": {"type": "MFTrainOneStepCell"}}, "found MFTrain.*, but callbacks name PanguCheckpoint"),
+    ({"lr_schedule__warmup_epochs": 1}, "warmup_epochs: .*give warmup_steps or warmup_ratio"),
+    ({"optimizer": None}, "optimizer: found None, wanted a section"),
+    ({"run_mode": "finetune"}, "run_mode: found finetune without weights"),
+])
+def test_a_wrong_key_is_named_with_its_neighbour(mindformers, tmp_path, values, message):
+    with pytest.raises(PanguError, match=message) as raised:
+        mindformers.train(changed(**values), str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_mindformers_takes_every_file(mindformers, data, tmp_path, path):
+    """Its template refuses what it does not know in runner_config, parallel_config and recompute_config."""
+    fields = read_yaml(str(path))
+    if fields["run_mode"] == "predict":
+        mindformers.ConfigTemplate.apply_template(fields)
+        return
+    if fields["load_checkpoint"]:
+        fields["load_checkpoint"] = str(data / "tiny")
+    fields = mindformers.complete(fields)
+    if "flash" not in path.name:  # their sizes are not those of tests/data/tiny, which check_keys does not look at
+        mindformers.check_keys(fields)
+    config = mindformers.mindformers_config(fields, str(tmp_path))
+    assert [callback["type"] for callback in config.callbacks] == ["PanguMonitor", "PanguCheckpoint"]
+    assert config.output_dir == str(tmp_path / "mindformers") and config.load_checkpoint == ""
+
+
+def test_sizes_come_from_a_checkpoint(mindformers, data):
+    fields = mindformers.complete(changed(load_checkpoint=str(data / "tiny"), model={"model_config": {}}))
+    mindformers.check_keys(fields)
+    kept = mindformers.PanguModelConfig(**fields["model"]["model_config"], use_past=False).fields
+    assert PanguConfig.from_dict(kept).plan == PanguConfig.from_pretrained(data / "tiny").plan
+    kept["hidden_size"] = 64
+    with pytest.raises(PanguError, match="model.model_config.hidden_size: found 64, but .*tiny has 48"):
+        mindformers.load(str(data / "tiny"), kept)
+
+
+def test_a_run_stands_for_its_newest_checkpoint(mindformers, data, tmp_path):
+    for step in (2, 10):
+        (tmp_path / "checkpoints" / f"step_{step:06}").mkdir(parents=True)
+        PanguConfig.from_pretrained(data / "tiny").save_pretrained(tmp_path / "checkpoints" / f"step_{step:06}")
+    assert mindformers.complete(changed(load_checkpoint=str(tmp_path)))["load_checkpoint"].endswith("step_000010")
+
+
+def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
+    """Losses are the mean over its parts, the load their sum, and the norm that of the last, which has updated."""
+    calls = []
+
+    def once(self, ids, mask):
+        calls.append((ids.asnumpy().tolist(), mask.asnumpy().tolist()))
+        n = len(calls)
+        return tuple(ms.Tensor(np.array(v, np.float32)) for v in (n, [n, 2 * n], 7 * (n == 2), [[n, 1]]))
+
+    monkeypatch.setattr(mindformers.TrainStep, "__call__", once)
+    step = mindformers.PanguTrainStep.__new__(mindformers.PanguTrainStep)
+    object.__setattr__(step, "accumulation", 2)
+    batch = (ms.Tensor(np.arange(4, dtype=np.int32)), ms.Tensor(np.ones(4, np.float32)))
+    total, parts, norm, load = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
+    assert calls == [([0, 1], [1, 1]), ([2, 3], [1, 1])]
+    assert (total, parts, norm, load) == (1.5, [1.5, 3.0], 7.0, [[3.0, 2.0]])
+
+
+def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
+    documents = SimpleNamespace(ids=np.array([3, 90, 5]))
+    seen = []
+
+    class Packed:
+        def __init__(self, *arguments):
+            seen.append(arguments)
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, n):
+            return tuple(np.full(4, n, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32))
+
+        def documents(self, n):
+            return [f"d{n}"]
+
+    monkeypatch.setattr(loader_module, "PackedDataset", Packed)
+    monkeypatch.setattr(loader_module, "Tokenizer", lambda directory: directory)
+    monkeypatch.setattr(loader_module, "read_chats", lambda path, tokenizer: documents)
+    loader = mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", seed=9, epochs=3, dataset_dir=None)
+    rows = [row["input_ids"][0] for row in loader.create_dict_iterator(num_epochs=1, output_numpy=True)]
+    assert rows == [0, 1, 2, 3, 4, 5] and seen == [(documents, 4, 9)]
+    own = mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", epochs=3, tensor_parallel=2, num_shards=4,
+                                       shard_id=3)                              # with shard 2, of the second half
+    assert [row["input_ids"][0] for row in own.create_dict_iterator(num_epochs=1, output_numpy=True)] == [1, 3, 5]
+    uneven = mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", epochs=3, num_shards=4, shard_id=1)
+    assert [row["input_ids"][0] for row in uneven.create_dict_iterator(num_epochs=1, output_numpy=True)] == [1]
+    source = mindformers.source_of(loader.skip(2).batch(2))
+    assert (source.documents(5), source.largest_id) == (["d5"], 90)
+    with pytest.raises(PanguError, match="data_loader.documents: found 'books', wanted texts or chats"):
+        mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="books")
+
+
+@pytest.mark.slow
+def test_four_losses_add_up_to_ours(mindformers, data):
+    """What MindFormers' own wrappers do with the network: the sum is the total, and so is its gradient."""
+    fields = PanguConfig.from_pretrained(data / "tiny").to_dict() | {
+        "num_hidden_layers": 2, "num_nextn_predict_layers": 1, "dsa_layers": [0], "swa_layers": [1, 2],
+        "sliding_window_list": [7, 7], "block_post_layernorm_idx": [1]}
+    settings = {"balance_loss_coeff": 0.5, "z_loss_coeff": 0.25, "mtp_loss_weight": 0.3}
+    network = mindformers.OpenPanguV2ForCausalLM(mindformers.PanguModelConfig(settings, pangu_seed=3, **fields))
+    draw = np.random.default_rng(0)
+    ids, labels = (ms.Tensor(draw.integers(0, 199, (2, 12)), ms.int32) for _ in range(2))
+    batch = (ids, labels, ms.Tensor(np.ones((2, 12)), ms.float32), ms.Tensor(np.tile(np.arange(12), (2, 1)), ms.int32))
+    weights = ms.ParameterTuple([p for p in network.trainable_params() if p.name in
+                                 ("model.norm.weight", "model.layers.1.mlp.gate.weight", "lm_head.weight")])
+    assert len(weights) == 3
+    (total, parts, _), wanted = ms.value_and_grad(network.objective, None, weights, has_aux=True)(*batch)
+    losses, found = ms.value_and_grad(_Sum(network), None, weights, has_aux=True)(*batch)
+    four = [loss.asnumpy().item() for loss in losses[1:]]
+    parts = dict(zip(network.objective.part_names, parts.asnumpy().tolist()))
+    assert four == pytest.approx([parts["lm"], 0.3 * parts["mtp_1"], 0.5 * parts["balance"] + 0.25 * parts["z"], 0.0])
+    assert losses[0].asnumpy().item() == pytest.approx(total.asnumpy().item())
+    for a, b in zip(found, wanted):
+        np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), rtol=1e-4, atol=1e-6)
+
+
+class _Sum(ms.nn.Cell):
+    """What MindFormers' wrappers minimise."""
+
+    def __init__(self, network):
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, *batch):
+        first, second, third, fourth = self.network(*batch)
+        return (first + second + third + fourth)[0], first, second, third, fourth

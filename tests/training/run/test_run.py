@@ -1,0 +1,167 @@
+"""Whole runs of pangu-train, each a process of its own: a model as small as they come.
+
+A DSA layer with experts and a sliding MTP layer. Runs with the same graph compile it once, if they say so: most of what
+such a run takes is compiling.
+"""
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from toy_tokenizer import train_tokenizer
+
+from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.checkpoint.directory import checkpoints
+from pangu_ms.training.run.state import read_checkpoint, read_state
+from pangu_ms.yaml_file import read_yaml
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[3]
+STEPS = 40
+TIMING = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, data):
+    """A directory to run in: run.yaml, texts and a tokenizer."""
+    directory = tmp_path_factory.mktemp("run")
+    words = np.random.default_rng(0).integers(0, 50, (60, 12))
+    texts = [" ".join(f"word{word}" for word in row) for row in words.tolist()]
+    (directory / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    train_tokenizer(texts, 268, str(directory / "tokenizer"))
+    fields = read_yaml(str(ROOT / "configs" / "openpangu_v2" / "pretrain_toy_cpu.yaml"))
+    model = json.loads((data / "tiny" / "config.json").read_text())
+    model |= {"vocab_size": 268, "num_attention_heads": 4, "num_hidden_layers": 1, "num_nextn_predict_layers": 1,
+              "first_k_dense_replace": 0, "dsa_layers": [0], "swa_layers": [1], "sliding_window_list": [7],
+              "block_post_layernorm_idx": [0]}
+    fields["model"]["model_config"] = {k: v for k, v in model.items() if k in PanguConfig.__dataclass_fields__}
+    fields["train_dataset"]["data_loader"].update(path="texts.jsonl", tokenizer="tokenizer", seq_length=24)
+    fields["runner_config"].update(epochs=3, batch_size=4)
+    fields["callbacks"][1].update(save_checkpoint_steps=3)
+    fields["lr_schedule"]["total_steps"] = STEPS
+    (directory / "run.yaml").write_text(yaml.safe_dump(fields))
+    return directory
+
+
+def start(directory, *options, same_graph=False):
+    """`same_graph` as the uninterrupted run's: MindSpore keeps it beside the directory. It does not check that well."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if same_graph:
+        environment |= {"MS_COMPILER_CACHE_ENABLE": "1", "MS_COMPILER_CACHE_PATH": f"{directory}_graph"}
+    return subprocess.Popen([sys.executable, str(ROOT / "tools" / "train.py"), "--config", "run.yaml", *options],
+                            cwd=directory, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def run(directory, *options, same_graph=False):
+    process = start(directory, *options, same_graph=same_graph)
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+    return error
+
+
+def read_log(directory, name):
+    lines = [json.loads(line) for line in (directory / name / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(directory):
+    """The log of a run that nothing interrupts."""
+    run(directory, "--options", "output_dir=whole", same_graph=True)
+    return read_log(directory, "whole")
+
+
+def test_a_run_learns_and_leaves_nothing_outside_its_directory(directory, whole):
+    assert [line["step"] for line in whole] == list(range(1, len(whole) + 1)) and len(whole) > STEPS
+    assert np.mean([line["lm"] for line in whole[-5:]]) < 0.8 * whole[0]["lm"]
+    assert {entry.name for entry in directory.iterdir()} <= {"run.yaml", "texts.jsonl", "tokenizer", "whole", "killed"}
+    assert [Path(path).name for path in checkpoints(str(directory / "whole"))][-1] == f"step_{len(whole):06}"
+
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(directory, whole):
+    """kill -9 at three steps; the log is the uninterrupted one digit for digit, and so are the parameters."""
+    steps = sorted(random.sample(range(2, STEPS - 10), 3))
+    for step in steps:
+        process = start(directory, "--resume", "--options", "output_dir=killed", same_graph=True)
+        log = directory / "killed" / "log.jsonl"
+        while not (log.exists() and log.read_bytes().count(b"\n") >= step) and process.poll() is None:
+            time.sleep(0.005)
+        process.kill()
+        error = process.communicate()[1]
+        assert process.returncode == -9, error
+    run(directory, "--resume", "--options", "output_dir=killed", same_graph=True)
+    assert read_log(directory, "killed") == whole, steps
+    ends = [read_checkpoint(checkpoints(str(directory / name))[-1]) for name in ("whole", "killed")]
+    for found, wanted in zip(*ends):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            np.testing.assert_array_equal(found[name], wanted[name])
+
+
+def test_a_finished_run_says_so(directory, whole):
+    process = start(directory, "--resume", "--options", "output_dir=whole")
+    error = process.communicate()[1]
+    assert process.returncode == 2 and f"has made all of its {len(whole)} steps" in error, error
+
+
+def test_weights_go_on_into_another_run(directory, whole):
+    """finetune from a run: its newest checkpoint, which MindFormers' own AdamW trains further."""
+    run(directory, "--run_mode", "finetune", "--options", "output_dir=further", "load_checkpoint=whole",
+        "optimizer={type: AdamW, betas: [0.9, 0.95], eps: 1.e-8, weight_decay: 0.1}")
+    further = read_log(directory, "further")
+    assert further[0]["lm"] < 0.9 * whole[0]["lm"]
+    assert np.mean([line["lm"] for line in further[-5:]]) < further[0]["lm"]
+
+
+def test_mindformers_own_loader(directory, whole):
+    """Columns from a MindRecord file, and a step in two halves."""
+    from mindspore.mindrecord import FileWriter
+    writer = FileWriter(str(directory / "whole" / "data.mindrecord"), overwrite=True)
+    writer.add_schema({name: {"type": "float32" if name == "loss_mask" else "int32", "shape": [24]}
+                       for name in ("input_ids", "labels", "loss_mask", "position_ids")})
+    draw = np.random.default_rng(0)
+    writer.write_raw_data([{"input_ids": draw.integers(0, 268, 24).astype(np.int32), "labels": np.full(24, 7, np.int32),
+                            "loss_mask": np.ones(24, np.float32), "position_ids": np.arange(24, dtype=np.int32)}
+                           for _ in range(10)])
+    writer.commit()
+    run(directory, "--options", "output_dir=records", "train_dataset.data_loader={type: MindDataset, dataset_dir: "
+        "whole/data.mindrecord, shuffle: false}", "runner_config.batch_size=2",
+        "runner_config.gradient_accumulation_steps=2")
+    records = read_log(directory, "records")
+    assert len(records) == 3 * 10 // 4 - 1  # each epoch drops its remainder
+    assert records[-1]["lm"] < records[0]["lm"]
+
+
+def test_two_devices_go_on_from_what_one_wrote(directory, whole):
+    """They divide batch, experts and optimizer states; the same run but for rounding."""
+    copy = directory / "devices" / "run"
+    shutil.copytree(directory / "whole", copy)
+    for checkpoint in checkpoints(str(copy))[1:]:
+        shutil.rmtree(checkpoint)
+    step = read_state(checkpoints(str(copy))[0]).step
+    launcher = Path(sys.executable).with_name("msrun")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    subprocess.run([launcher, "--worker_num=2", "--local_worker_num=2", "--master_port=18118",
+                    "--log_dir=devices/msrun", "--join=True", ROOT / "tools" / "train.py", "--config", "run.yaml",
+                    "--resume", "--options", "output_dir=devices/run", "use_parallel=True",
+                    "runner_config.batch_size=2", "parallel_config.data_parallel=2",
+                    "parallel_config.expert_parallel=2", "parallel.enable_parallel_optimizer=True"],
+                   cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)
+    shared = read_log(directory, "devices/run")
+    assert len(shared) == len(whole) > step and shared[:step] == whole[:step] and shared[step:] != whole[step:]
+    for found, wanted in zip(shared[step:], whole[step:]):
+        for name in ("loss", "lm", "mtp_1", "grad_norm", "expert_balance"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-3), (found["step"], name)
+    one, two = (read_checkpoint(checkpoints(str(directory / name))[-1]) for name in ("whole", "devices/run"))
+    for found, wanted in zip(two, one):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            np.testing.assert_allclose(found[name], wanted[name], atol=1e-2 * abs(wanted[name]).max(), err_msg=name)
