@@ -91,9 +91,9 @@ def inferred_graph(tmp_path, monkeypatch):
 
 # Files that one of the processes that share the tests takes together: they have steps of the same models, and compiling
 # those is what takes time. The longest come first, so that they do not leave one process alone at the end.
-TOGETHER = (("parallel/test_parallel.py",), ("training/test_run.py",),
-            ("generation/test_speculative.py", "generation/test_fixed_shapes.py", "generation/test_continuation.py",
-             "generation/test_stream.py", "model/test_step.py"),
+TOGETHER = (("test_documented_commands.py",), ("parallel/test_parallel.py",), ("training/run/test_run.py",),
+            ("generation/test_speculative.py", "generation/test_fixed_shapes.py", "generation/test_prefix.py",
+             "generation/test_engine.py", "generation/test_sampling.py", "generation/test_stream.py"),
             ("test_bench.py",), ("model/test_ascend.py",))
 
 

@@ -24,6 +24,7 @@ from pangu_ms.checkpoint.directory import checkpoints
 from pangu_ms.conversion.command import main as convert
 from pangu_ms.generation.command import main as generate
 from pangu_ms.training.run.command import main as train
+from pangu_ms.training.run.state import read_checkpoint
 from pangu_ms.yaml_file import read_yaml
 
 pytestmark = pytest.mark.slow
@@ -37,10 +38,10 @@ COMMANDS = {"pangu-generate": generate, "pangu-train": train, "pangu-convert": c
 
 
 def commands(document):
-    """The words of each command: an indented line, which may go on in the next and end in a comment."""
+    """Each command: an indented line, which may go on in the next and end in a comment."""
     text = re.sub(r"```.*?```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL)
     lines = re.findall(r"^    (\S.*)", text.replace("\\\n", " "), re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines
+    return [shlex.join(shlex.split(line, comments=True)) for line in lines
             if not re.match(r"\w+/", line)]                                     # a line of the drawing of directories
 
 
@@ -110,20 +111,34 @@ def interrupt(words):
     shutil.rmtree(checkpoints(output.partition("=")[2])[-1])
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_commands(document, directory, monkeypatch):
+def test_commands(directory, monkeypatch):
+    """All documents in turn, a command that stands in two of them once."""
     monkeypatch.chdir(directory)
     monkeypatch.setattr(sys, "argv", sys.argv)
-    for made in ("output", "converted", "released"):
-        shutil.rmtree(made, ignore_errors=True)
-    for words in commands(document):
-        line = " ".join(words)
+    lines = dict.fromkeys(line for document in DOCUMENTS for line in commands(document))
+    for line in lines:
         if ELSEWHERE.match(line):
             continue
+        words = shlex.split(line)
         if "--resume" in words:
             interrupt(words)
         monkeypatch.setattr(sys, "stdin", io.StringIO("word1 word2\n/exit\n"))
         assert run(words) == 0, line
+    printed = [Path(f"logs/worker_{rank}.log").read_text(errors="replace").count("decode 39 in") for rank in (0, 1)]
+    assert printed == [1, 0], "the first of two ranks speaks for both"
+    one, two = (log(f"output/{name}") for name in ("pretrain", "shared"))
+    assert len(one) == len(two) > 4
+    for found, wanted in zip(two, one):                                         # of two ranks, and of one
+        for name in ("loss", "lm", "mtp_1", "grad_norm", "expert_balance"):
+            assert found[name] == pytest.approx(wanted[name], rel=1e-3), (found["step"], name)
+    for found, wanted in zip(*(read_checkpoint(checkpoints(f"output/{name}")[-1]) for name in ("shared", "pretrain"))):
+        assert found.keys() == wanted.keys()
+        for name, values in wanted.items():
+            np.testing.assert_allclose(found[name], values, atol=1e-2 * abs(values).max(), err_msg=name)
+
+
+def log(directory):
+    return [json.loads(line) for line in Path(directory, "log.jsonl").read_text().splitlines()]
 
 
 def test_python_of_the_readme(directory, monkeypatch):

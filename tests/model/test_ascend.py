@@ -3,6 +3,8 @@
 Two layers and an MTP layer stand for all; no memory is taken for parameters. What a device would make of it is open:
 the graph is refused here where kernels are chosen. See tests/ops/test_ascend.py for the forms by themselves.
 """
+from dataclasses import replace
+
 import mindspore as ms
 import pytest
 from mindspore.nn.utils import no_init_parameters
@@ -48,7 +50,9 @@ def test_drafting(model, inferred_graph):
 
 
 @pytest.mark.slow
-def test_gradients_of_training(model, inferred_graph, monkeypatch):
+def test_gradients_of_training(on_ascend, inferred_graph, monkeypatch):
+    """A DSA layer and a sliding MTP layer, both with experts."""
+    from pangu_ms import PanguForCausalLM
     from pangu_ms.training.objectives import indexer
     from pangu_ms.training.objectives.pretraining import Pretraining
     from pangu_ms.training.objectives.settings import TrainingSettings
@@ -56,6 +60,9 @@ def test_gradients_of_training(model, inferred_graph, monkeypatch):
     monkeypatch.setattr(indexer, "QUERIES", 1152)                                # two pieces stand for eighteen
     settings = TrainingSettings(indexer_loss="sparse", indexer_loss_coeff=0.1, balance_loss_coeff=0.1,
                                 z_loss_coeff=0.1)
+    config = replace(CONFIG, num_hidden_layers=1, first_k_dense_replace=0, swa_layers=(1,), sliding_window_list=(2048,))
+    with no_init_parameters():
+        model = PanguForCausalLM(config)
     forward = Pretraining(model, settings)
     weights = ms.ParameterTuple(forward.trained_parameters())
     ids, mask = (ms.Tensor(shape=[1, 2304], dtype=dtype) for dtype in (ms.int32, ms.float32))

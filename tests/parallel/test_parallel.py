@@ -1,5 +1,4 @@
 """A model on several ranks against the same model in one process."""
-import functools
 import time
 from pathlib import Path
 
@@ -18,52 +17,38 @@ from tests.parallel.conftest import LARGE
 WORKER = Path(worker.__file__)
 
 
-@pytest.fixture(scope="module")
-def whole(checkpoint):
-    """whole(what): what `worker` computes in one process; of memory, what the estimate says of each of four."""
-    def compute(what):
-        if what == "memory":
-            return {"memory": sum(weight_bytes(Case(LARGE, Ranks(2, 2), Work("infer", 1, 1, "float32"))).values())}
-        return getattr(worker, what)(checkpoint, None)
-    return functools.cache(compute)
+SIZES, WHAT = (2, 2, 1), ("memory", "train", "drafting")
 
 
-@pytest.fixture(scope="module")
-def ranks(checkpoint, msrun, tmp_path_factory):
-    """ranks(sizes, *what): the same of each rank."""
-    def run(sizes, *what):
-        output, count = tmp_path_factory.mktemp("output"), np.prod(sizes)
-        code, printed, _ = msrun(count, WORKER, checkpoint, *sizes, output, *what)
-        assert code == 0, printed[-3000:]
-        return [dict(np.load(output / f"{rank}.npz")) for rank in range(count)]
-    return run
-
-
-WHAT = {(2, 1, 1): ("drafting",), (1, 2, 1): ("drafting",), (1, 1, 2): ("train",),
-        (2, 2, 1): ("memory", "train")}
+def whole(what, checkpoint):
+    """What `worker` computes, in one process; of memory, what the estimate says of each of four."""
+    if what == "memory":
+        return {"memory": sum(weight_bytes(Case(LARGE, Ranks(2, 2), Work("infer", 1, 1, "float32"))).values())}
+    return getattr(worker, what)(checkpoint, None)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", WHAT, ids=["tensor", "expert", "data", "tensor and expert"])
-def test_ranks_together_are_one_process(sizes, whole, ranks, checkpoint):
-    known, places = parameters(read_config(checkpoint)), Ranks(*sizes[:2])
-    wanted = {name: values for what in WHAT[sizes] for name, values in whole(what).items()}
-    for rank, found in enumerate(ranks(sizes, *WHAT[sizes])):
+def test_ranks_together_are_one_process(checkpoint, msrun, tmp_path):
+    """Tensor and expert parallel at once; data parallel runs are in tests/test_documented_commands.py."""
+    code, printed, _ = msrun(4, WORKER, checkpoint, *SIZES, tmp_path, *WHAT)
+    assert code == 0, printed[-3000:]
+    known, places = parameters(read_config(checkpoint)), Ranks(*SIZES[:2])
+    wanted = {name: values for what in WHAT for name, values in whole(what, checkpoint).items()}
+    for rank in range(4):
+        found = dict(np.load(tmp_path / f"{rank}.npz"))
         assert found.keys() == wanted.keys()
         for name, values in wanted.items():
             kind, _, of = name.partition(" ")
             part = values
             if of:
                 tensor = known[of.removeprefix("muon.").removeprefix("adam_m.")]
-                part = sliced(tensor, places.at(rank % places.count)).view(values)
+                part = sliced(tensor, places.at(rank)).view(values)
             if of or name.endswith("logits"):
                 off = abs(found[name] - part).max() / max(abs(values).max(), 1e-20)
                 assert off < (1e-2 if kind == "state" else 2e-5), f"{name}: {off:.1e}"
-        if "memory" in wanted:
-            assert found["memory"] == pytest.approx(wanted["memory"], rel=0.1)
+        assert found["memory"] == pytest.approx(wanted["memory"], rel=0.1)
         for name, tolerance in (("tokens", 0), ("parts", 2e-5), ("losses", 1e-4), ("norms", 1e-3)):
-            if name in wanted:
-                np.testing.assert_allclose(found[name], wanted[name], rtol=tolerance, err_msg=name)
+            np.testing.assert_allclose(found[name], wanted[name], rtol=tolerance, err_msg=name)
 
 
 @pytest.mark.slow
@@ -72,11 +57,3 @@ def test_a_killed_rank_ends_the_others(msrun, tmp_path, monkeypatch):
     code, printed, _ = msrun(2, WORKER.with_name("killed.py"), tmp_path / "pid")
     assert code != 0 and time.time() - (tmp_path / "pid").stat().st_mtime < 30
     assert f"Worker process {(tmp_path / 'pid').read_text()} exit with exception. Error code: -9" in printed
-
-
-@pytest.mark.slow
-def test_the_command_prints_once(checkpoint, msrun):
-    arguments = ["--model", checkpoint, "--token-ids", "5,6,7", "--max-new-tokens", "1", "--json"]
-    code, printed, logs = msrun(2, WORKER.parents[2] / "tools" / "generate.py", *arguments, "--tensor-parallel", "2")
-    assert code == 0, printed[-3000:]
-    assert [(logs / f"worker_{rank}.log").read_text().count('{"token_ids": [') for rank in (0, 1)] == [1, 0]

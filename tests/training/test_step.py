@@ -12,8 +12,8 @@ from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.step import TrainStep, Update
 
 TRAINED = ("model.embed_tokens.weight", "model.norm.weight", "model.layers.0.self_attn.q_b_proj.weight",
-           "model.layers.1.mlp.gate.weight", "model.layers.1.mlp.experts.down_proj.weight")  # of each kind one
-BIASES = ("model.layers.1.mlp.e_score_correction_bias", "model.layers.2.mlp.e_score_correction_bias")
+           "model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts.down_proj.weight")  # of each kind one
+BIASES = ("model.layers.0.mlp.e_score_correction_bias", "model.layers.1.mlp.e_score_correction_bias")
 
 
 class Keep(nn.Cell):
@@ -29,7 +29,8 @@ class Keep(nn.Cell):
 
 @pytest.fixture(scope="module")
 def model(small):
-    model = PanguForCausalLM(small(initializer_range=0.1))
+    model = PanguForCausalLM(small(initializer_range=0.1, num_hidden_layers=1, first_k_dense_replace=0, swa_layers=[1],
+                                   sliding_window_list=[7], block_post_layernorm_idx=[]))
     initialize(model, 0, TrainingSettings(moe_init_std=0.1))
     return model
 

@@ -6,7 +6,6 @@ such a run takes is compiling.
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +18,8 @@ from toy_tokenizer import train_tokenizer
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.checkpoint.directory import checkpoints
-from pangu_ms.training.run.state import read_checkpoint, read_state
+from pangu_ms.text.tokenizer import Tokenizer
+from pangu_ms.training.run.state import read_checkpoint
 from pangu_ms.yaml_file import read_yaml
 
 pytestmark = pytest.mark.slow
@@ -87,8 +87,8 @@ def test_a_run_learns_and_leaves_nothing_outside_its_directory(directory, whole)
 
 
 def test_a_killed_run_ends_as_if_nothing_had_happened(directory, whole):
-    """kill -9 at three steps; the log is the uninterrupted one digit for digit, and so are the parameters."""
-    steps = sorted(random.sample(range(2, STEPS - 10), 3))
+    """kill -9 at two steps; the log is the uninterrupted one digit for digit, and so are the parameters."""
+    steps = sorted(random.sample(range(2, STEPS - 10), 2))
     for step in steps:
         process = start(directory, "--resume", "--options", "output_dir=killed", same_graph=True)
         log = directory / "killed" / "log.jsonl"
@@ -113,55 +113,23 @@ def test_a_finished_run_says_so(directory, whole):
 
 
 def test_weights_go_on_into_another_run(directory, whole):
-    """finetune from a run: its newest checkpoint, which MindFormers' own AdamW trains further."""
-    run(directory, "--run_mode", "finetune", "--options", "output_dir=further", "load_checkpoint=whole",
-        "optimizer={type: AdamW, betas: [0.9, 0.95], eps: 1.e-8, weight_decay: 0.1}")
-    further = read_log(directory, "further")
-    assert further[0]["lm"] < 0.9 * whole[0]["lm"]
-    assert np.mean([line["lm"] for line in further[-5:]]) < further[0]["lm"]
-
-
-def test_mindformers_own_loader(directory, whole):
-    """Columns from a MindRecord file, and a step in two halves."""
+    """finetune from a run: its newest checkpoint, which MindFormers' own AdamW trains further on columns that its own
+    loader reads from a MindRecord file, each step in two halves."""
     from mindspore.mindrecord import FileWriter
     writer = FileWriter(str(directory / "whole" / "data.mindrecord"), overwrite=True)
     writer.add_schema({name: {"type": "float32" if name == "loss_mask" else "int32", "shape": [24]}
                        for name in ("input_ids", "labels", "loss_mask", "position_ids")})
-    draw = np.random.default_rng(0)
-    writer.write_raw_data([{"input_ids": draw.integers(0, 268, 24).astype(np.int32), "labels": np.full(24, 7, np.int32),
-                            "loss_mask": np.ones(24, np.float32), "position_ids": np.arange(24, dtype=np.int32)}
-                           for _ in range(10)])
+    tokenizer, lines = Tokenizer(directory / "tokenizer"), (directory / "texts.jsonl").read_text().splitlines()
+    for line in lines[:10]:
+        ids = np.array(tokenizer.encode(json.loads(line)["text"])[:25], np.int32)
+        writer.write_raw_data([{"input_ids": ids[:-1], "labels": ids[1:], "loss_mask": np.ones(24, np.float32),
+                                "position_ids": np.arange(24, dtype=np.int32)}])
     writer.commit()
-    run(directory, "--options", "output_dir=records", "train_dataset.data_loader={type: MindDataset, dataset_dir: "
-        "whole/data.mindrecord, shuffle: false}", "runner_config.batch_size=2",
-        "runner_config.gradient_accumulation_steps=2")
-    records = read_log(directory, "records")
-    assert len(records) == 3 * 10 // 4 - 1  # each epoch drops its remainder
-    assert records[-1]["lm"] < records[0]["lm"]
-
-
-def test_two_devices_go_on_from_what_one_wrote(directory, whole):
-    """They divide batch, experts and optimizer states; the same run but for rounding."""
-    copy = directory / "devices" / "run"
-    shutil.copytree(directory / "whole", copy)
-    for checkpoint in checkpoints(str(copy))[1:]:
-        shutil.rmtree(checkpoint)
-    step = read_state(checkpoints(str(copy))[0]).step
-    launcher = Path(sys.executable).with_name("msrun")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
-    subprocess.run([launcher, "--worker_num=2", "--local_worker_num=2", "--master_port=18118",
-                    "--log_dir=devices/msrun", "--join=True", ROOT / "tools" / "train.py", "--config", "run.yaml",
-                    "--resume", "--options", "output_dir=devices/run", "use_parallel=True",
-                    "runner_config.batch_size=2", "parallel_config.data_parallel=2",
-                    "parallel_config.expert_parallel=2", "parallel.enable_parallel_optimizer=True"],
-                   cwd=directory, env=environment, check=True, stdout=subprocess.DEVNULL)
-    shared = read_log(directory, "devices/run")
-    assert len(shared) == len(whole) > step and shared[:step] == whole[:step] and shared[step:] != whole[step:]
-    for found, wanted in zip(shared[step:], whole[step:]):
-        for name in ("loss", "lm", "mtp_1", "grad_norm", "expert_balance"):
-            assert found[name] == pytest.approx(wanted[name], rel=1e-3), (found["step"], name)
-    one, two = (read_checkpoint(checkpoints(str(directory / name))[-1]) for name in ("whole", "devices/run"))
-    for found, wanted in zip(two, one):
-        assert found.keys() == wanted.keys()
-        for name in wanted:
-            np.testing.assert_allclose(found[name], wanted[name], atol=1e-2 * abs(wanted[name]).max(), err_msg=name)
+    run(directory, "--run_mode", "finetune", "--options", "output_dir=further", "load_checkpoint=whole",
+        "optimizer={type: AdamW, betas: [0.9, 0.95], eps: 1.e-8, weight_decay: 0.1}",
+        "train_dataset.data_loader={type: MindDataset, dataset_dir: whole/data.mindrecord, shuffle: false}",
+        "runner_config.batch_size=2", "runner_config.gradient_accumulation_steps=2")
+    further = read_log(directory, "further")
+    assert len(further) == 3 * 10 // 4 - 1  # each epoch drops its remainder
+    assert further[0]["lm"] < 0.9 * whole[0]["lm"]
+    assert np.mean([line["lm"] for line in further[-2:]]) < further[0]["lm"]
