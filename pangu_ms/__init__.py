@@ -11,6 +11,7 @@ _HOMES = {
     "PanguForCausalLM": "pangu_ms.pretrained",
     "Sampling": "pangu_ms.generation.sampling",
     "generate": "pangu_ms.generation.stream",
+    "read_config": "pangu_ms.architectures",
     "stream_generate": "pangu_ms.generation.stream",
 }
 
