@@ -21,7 +21,8 @@ def test_config_is_there_without_mindspore():
 
 
 def test_every_public_name_is_listed_and_arrives():
-    assert {"PanguConfig", "PanguForCausalLM", "Sampling", "generate", "read_config", "stream_generate"} <= set(dir(pangu_ms))
+    assert {"PanguConfig", "PanguForCausalLM", "Sampling", "generate", "read_config",
+            "stream_generate"} <= set(dir(pangu_ms))
     for name in pangu_ms.__all__:
         assert callable(getattr(pangu_ms, name)), name
 
