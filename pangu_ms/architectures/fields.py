@@ -27,6 +27,10 @@ class Config:
         NULL_WHEN_ABSENT: fields whose defaults belong to one released model.
         SPELLINGS: other name of a field -> the field.
         MTP_FIELD: the field with the number of MTP layers; None for an architecture that has none.
+
+    For networks and files there are, of a subclass: `plan`, what the network is built from; `tensors`, its `Table`;
+    `sizes` and `row_patterns`, the meaning of the table's words; and `cut(first, last, mtp)`, the config of a model of
+    these trunk layers alone, renumbered from 0, with or without the MTP layers.
     """
 
     REQUIRED: typing.ClassVar[frozenset[str]] = frozenset()
@@ -105,6 +109,12 @@ class Config:
         with open(os.path.join(directory, CONFIG_FILE), "w", encoding="utf-8") as file:
             json.dump(self.to_dict(), file, indent=2)
             file.write("\n")
+
+
+def implied_defaults(config: type[Config], choices: Collection[str]) -> dict[str, Any]:
+    """`implied` of a config that no file gave: what is null, and the fields that are choices of ours."""
+    return {each.name: each.default for each in config.given_fields().values()
+            if each.default is None or each.name in choices}
 
 
 def read_fields(directory: str | os.PathLike) -> dict[str, Any]:

@@ -5,13 +5,13 @@ import typing
 from dataclasses import dataclass, field
 
 from pangu_ms.architectures.fields import (
-    COMPUTE_DTYPES, Config, choice_problems, listed, rope_problems, rope_thetas, size_problems,
+    COMPUTE_DTYPES, Config, choice_problems, implied_defaults, listed, rope_problems, rope_thetas, size_problems,
 )
 from pangu_ms.architectures.tensors import (
     ALPHA, COLUMNS, EMBEDDING, EXPERT, FLOAT32, HEAD_COLUMNS, HEAD_ROWS, INT8, NORMAL, ONE, OUTPUT, POST_NORM,
     ROUTED, ROUTED_OUTPUT, ROWS, STREAM_GATES, WHOLE, ZERO, Table, count_parameters,
 )
-from pangu_ms.errors import CheckpointError, ConfigError
+from pangu_ms.errors import ConfigError
 from pangu_ms.model.plan import MTP_HIDDEN, FeedForward, HyperConnection, Indexer, LatentAttention, Layer, MoE, Plan
 
 # What public sources give for Flash alone among the released models.
@@ -239,8 +239,8 @@ class PanguConfig(Config):
             index = self.num_hidden_layers + depth - 1
             layers.append(Layer(index, attention(windows.get(index, mtp_window)), moe, None, mtp_depth=depth))
         return Plan(self.vocab_size, self.hidden_size, tuple(layers), self.rms_norm_eps, self.rope_theta,
-                    self.qk_rope_head_dim, self.max_position_embeddings, self.mtp_hidden, self.initializer_range,
-                    self.compute_dtype)
+                    self.qk_rope_head_dim, self.max_position_embeddings, self.initializer_range, self.compute_dtype,
+                    self.mtp_hidden)
 
     def _windows(self) -> dict[int | None, int]:
         """Layer -> keys that a query sees; under None that of MTP layers which swa_layers leaves out.
@@ -289,15 +289,8 @@ class PanguConfig(Config):
         return count_parameters(self)
 
     def cut(self, first: int, last: int, mtp: bool) -> "PanguConfig":
-        """Of trunk layers `first` to `last` alone, renumbered from 0, with or without the MTP layers.
-
-        Raises:
-            CheckpointError: there are no such layers.
-        """
-        trunk = self.num_hidden_layers
-        if not 0 <= first <= last < trunk:
-            raise CheckpointError(f"--layers {first}-{last}: wanted a range within 0-{trunk - 1}, the trunk's layers")
-        if (first, last) == (0, trunk - 1) and (mtp or not self.num_nextn_predict_layers):
+        """Of trunk layers `first` to `last` alone, renumbered from 0, with or without the MTP layers."""
+        if (first, last) == (0, self.num_hidden_layers - 1) and (mtp or not self.num_nextn_predict_layers):
             return self
         kept = {i: i - first for i in range(first, last + 1)}
         if mtp:
@@ -353,8 +346,7 @@ class PanguConfig(Config):
         return cls(**known | fields)
 
 
-_IMPLIED = {each.name: each.default for each in PanguConfig.given_fields().values()
-            if each.default is None or each.name in OUR_CHOICES}
+_IMPLIED = implied_defaults(PanguConfig, OUR_CHOICES)
 
 
 def _order_problems(config: PanguConfig) -> list[str]:

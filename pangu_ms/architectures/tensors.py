@@ -17,6 +17,7 @@ from pangu_ms.parallel.ranks import Ranks
 WHOLE = ()
 EXPERT = ("members", "expert", "experts")
 ROWS, HEAD_ROWS = ("rows", "tensor", None), ("rows", "tensor", "heads")
+KV_HEAD_ROWS = ("rows", "tensor", "kv_heads")
 COLUMNS, HEAD_COLUMNS = ("columns", "tensor", None), ("columns", "tensor", "heads")
 
 INT8 = "int8"        # the Int8 release stores it as int8 with a `_scale` beside it (section 10)
@@ -39,12 +40,14 @@ class Table:
         first, last: rows of what is stored before and behind the layers.
         layers: pairs (condition on a `Layer`, rows); names go below "model.layers.{i}.".
         copies: stored a second time in every MTP layer of the release: name below the layer -> what it repeats.
+        computed: names below a layer that a release may store although they follow from the config: never read.
     """
 
     first: tuple[tuple, ...]
     layers: tuple[tuple[Callable[[Layer], bool], tuple[tuple, ...]], ...]
     last: tuple[tuple, ...]
     copies: dict[str, str]
+    computed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,11 @@ def mtp_copies(config) -> dict[str, str]:
             for layer in config.plan.mtp_layers for copy, original in config.tensors.copies.items()}
 
 
+def computed_tensors(config) -> set[str]:
+    """Names of tensors that a release may store and nothing reads, because they follow from the config."""
+    return {layer_prefix(layer.index) + name for layer in config.plan.layers for name in config.tensors.computed}
+
+
 def has_gradient(name: str) -> bool:
     """The routers' selection biases have none: they follow the experts' load instead."""
     return not name.endswith("e_score_correction_bias")
@@ -178,7 +186,7 @@ def count_parameters(config) -> dict:
 
     `components`: of the trunk, by component. `trunk`, `mtp` (all MTP layers), `trunk_and_mtp`, `with_copies` (as the
     release stores them). `active`: used for one token by the trunk, `layers` alone, then `with_head`, then
-    `with_head_and_embedding`.
+    `with_head_and_embedding`, where a tied head is the embedding and counts once.
     """
     found = parameters(config)
     components: dict[str, int] = {}
@@ -190,11 +198,12 @@ def count_parameters(config) -> dict:
                 idle += p.count // p.members * (p.members - p.layer.feed_forward.experts_per_token)
     trunk, total = sum(components.values()), sum(p.count for p in found.values())
     copies = sum(found[original].count for original in mtp_copies(config).values())
-    embedding, head = components["embedding"], components["head"]
+    embedding, tied = components["embedding"], config.plan.tied_head
+    layers = trunk - idle - embedding - (0 if tied else components["head"])
     return {
         "components": components, "trunk": trunk, "mtp": total - trunk, "trunk_and_mtp": total,
         "with_copies": total + copies,
-        "active": {"layers": trunk - idle - embedding - head, "with_head": trunk - idle - embedding,
+        "active": {"layers": layers, "with_head": trunk - idle - (0 if tied else embedding),
                    "with_head_and_embedding": trunk - idle},
     }
 

@@ -99,6 +99,8 @@ def plan_conversion(source: Source, options: Options) -> list[Plan]:
         raise CheckpointError(f"{source.directory}: already has the Hugging Face layout; ms2hf reads one of ours")
     trunk = len(source.config.plan.trunk)
     first, last = options.layers or (0, trunk - 1)
+    if not 0 <= first <= last < trunk:
+        raise CheckpointError(f"--layers {first}-{last}: wanted a range within 0-{trunk - 1}, the trunk's layers")
     config = source.config.cut(first, last, options.mtp)
     # Layer to write -> layer to read: trunk layers move down by `first`, MTP layers follow the trunk.
     removed = trunk - len(config.plan.trunk)

@@ -5,6 +5,7 @@ else. Sizes are those of the whole model, whatever one of several ranks holds.
 """
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 MTP_HIDDEN = ("merged", "final")
 
@@ -81,6 +82,31 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
+class GroupedQueryAttention:
+    """Each key-value head serves a group of query heads; a query sees all before it (section 2 of the family).
+
+    Attributes:
+        bias: the projections of queries, keys, values and output have one each.
+        conv_width: of short convolutions. One over a row alone changes nothing: there is none.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bias: bool
+
+    kind: ClassVar[str] = "full"
+    window: ClassVar[None] = None
+    sinks: ClassVar[int] = 0
+    conv_width: ClassVar[int] = 1
+    indexer: ClassVar[None] = None
+
+    @property
+    def cache_tensors(self) -> dict[str, CacheTensor]:
+        return dict.fromkeys(("keys", "values"), CacheTensor(self.num_kv_heads * self.head_dim, None, by_head=True))
+
+
+@dataclass(frozen=True)
 class FeedForward:
     """A dense SwiGLU layer."""
 
@@ -130,14 +156,16 @@ class Layer:
         residual: None: a plain one, x + f(x).
         block_norm: a norm over all streams ends the layer.
         mtp_depth: 0 in the trunk, 1, 2, ... for MTP layers.
+        sandwich: each sublayer has a norm behind it too, before the residual takes what it gives.
     """
 
     index: int
-    attention: LatentAttention
+    attention: LatentAttention | GroupedQueryAttention
     feed_forward: FeedForward | MoE
     residual: HyperConnection | None
     block_norm: bool = False
     mtp_depth: int = 0
+    sandwich: bool = True
 
     @property
     def moe(self) -> bool:
@@ -151,9 +179,10 @@ class Plan:
     Attributes:
         layers: the trunk's, then the MTP layers by depth.
         rope_theta, rope_dim, max_positions: of the rotary angles that all layers share.
-        mtp_hidden: what MTP depth 1 reads of the trunk: "merged", before the final norm, or "final", after it.
         initializer_range: standard deviation of parameters that nothing else sets.
         dtype: what the network computes in, "float32", "float16" or "bfloat16".
+        mtp_hidden: what MTP depth 1 reads of the trunk: "merged", before the final norm, or "final", after it.
+        tied_head: the head is the embedding, and no tensor of its own.
     """
 
     vocab_size: int
@@ -163,9 +192,10 @@ class Plan:
     rope_theta: float
     rope_dim: int
     max_positions: int
-    mtp_hidden: str
     initializer_range: float
     dtype: str
+    mtp_hidden: str = "merged"
+    tied_head: bool = False
 
     @functools.cached_property
     def trunk(self) -> tuple[Layer, ...]:
