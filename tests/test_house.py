@@ -23,7 +23,7 @@ ARROWS = {
     "yaml_file": "errors",
     "parallel": "device errors",
     "cache": "device plan",
-    "model": "cache device parallel",
+    "model": "cache device parallel plan",
     "ops": "cache model",
     "architectures": "errors parallel plan",
     "checkpoint": "architectures errors parallel",

@@ -23,7 +23,7 @@ EXAMPLE = """example:
 
 Exit code 0 when every piece is within the tolerance, 1 with the first piece that is off, 2 when the input is wrong.
 """
-ABOUT_THE_FILE = {"ids", "gaps", "meta"}  # what went in and where it came from: not results of the model
+ABOUT_THE_FILE = {"ids", "gap", "gaps", "meta"}  # what went in and where it came from: not results of the model
 
 
 @dataclass(frozen=True)
@@ -127,18 +127,20 @@ def compare(trace: dict[str, np.ndarray], golden: dict[str, np.ndarray]) -> list
 
 def pieces(golden):
     """(name, key, part of the array) of every piece, in the order of computation."""
-    layers = list(range(len(golden["streams"])))
+    after = "streams" if "streams" in golden else "hidden"                      # each layer
+    layers = list(range(len(golden[after])))
     indexed, routed = (list(golden.get(key, [])) for key in ("index_layers", "router_layers"))
     for key in ("index_layers", "router_layers"):
         if key in golden:
             yield key, key, ...
     for layer in layers:
         for key, holders in (("index_scores", indexed), ("index_sel", indexed), ("attn", layers),
-                             ("router_ids", routed), ("router_w", routed), ("mlp", layers), ("streams", layers)):
+                             ("router_ids", routed), ("router_w", routed), ("mlp", layers), (after, layers)):
             if layer in holders:
                 yield f"layer {layer} {key}", key, holders.index(layer)
     for key in ("merged", "final", "logits"):
-        yield key, key, ...
+        if key in golden:
+            yield key, key, ...
     depth = 1
     while f"mtp{depth}_logits" in golden:
         for key in (f"mtp{depth}_hidden", f"mtp{depth}_logits"):

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pangu_ms.architectures.fields import Config
-from pangu_ms.architectures.tensors import Parameter, mtp_copies, parameters
+from pangu_ms.architectures.tensors import Parameter, computed_tensors, mtp_copies, parameters
 from pangu_ms.checkpoint.copying import BLOCK, fill, steps
 from pangu_ms.checkpoint.directory import checkpoint_directory, rank_directories, read_config
 from pangu_ms.checkpoint.dtypes import CARRIERS, NAMES, to_float32
@@ -153,6 +153,8 @@ def _component_of(config: Config) -> dict[str, str]:
         layer = tensor.parameter.layer
         found[tensor.name] = "mtp copies" if tensor.name in copies else \
             "mtp" if layer and layer.mtp_depth else tensor.parameter.component
+    for name in computed_tensors(config):
+        found[name] = "computed"
     return found
 
 

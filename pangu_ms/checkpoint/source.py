@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pangu_ms.architectures.fields import Config
-from pangu_ms.architectures.tensors import INT8, mtp_copies, parameters
+from pangu_ms.architectures.tensors import INT8, computed_tensors, mtp_copies, parameters
 from pangu_ms.checkpoint.copying import BLOCK, Copy, fill, same_bytes, steps
 from pangu_ms.checkpoint.directory import checkpoint_directory, rank_directories, read_config
 from pangu_ms.checkpoint.dtypes import CARRIERS
@@ -46,6 +46,7 @@ class Source:
         int8: whether it is the quantised release.
         held: where each matrix of a parameter lies: (name, member) -> its slices, each with the tensor that stores it.
         repeats: tensors that must equal another one (MTP copies, what several ranks hold), paired with that one.
+        computed: names of tensors that are there and follow from the config: nothing reads them.
     """
 
     def __init__(self, directory: str | os.PathLike, config: Config, reader: Ranks | None = None):
@@ -59,6 +60,7 @@ class Source:
         self._reader = reader and reader.model
         self.held: dict[tuple[str, int], list[tuple[Slice, StoredTensor]]] = {}
         self.repeats: list[tuple[StoredTensor, StoredTensor]] = []
+        self.computed: list[str] = []
         self.int8 = False
         self.shards: list[Shards] = []
         try:
@@ -116,6 +118,10 @@ class Source:
         int8 = self.layout == "released" and any(
             w.parameter.note == INT8 and w.name in found and found[w.name].dtype == "I8" for w in wanted)
         self.int8 |= int8
+        if self.layout == "released":
+            self.computed = sorted(computed_tensors(self.config) & found.keys())
+            for name in self.computed:
+                del found[name]
         missing: dict[str, tuple[int, ...]] = {}
         wrong: list[str] = []
 

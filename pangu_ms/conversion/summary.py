@@ -14,11 +14,13 @@ def describe(source: Source, plans: list[Plan]) -> str:
     left_out = {name: p for name, p in parameters(source.config).items() if name not in used}
     unused = sum(len(source.held[name, m]) for name, p in left_out.items() for m in range(p.members))
     read = len(source.tensors)
-    parts = [f"{read - scales - unused - len(source.repeats)} used"]
+    parts = [f"{read - scales - unused - len(source.repeats) - len(source.computed)} used"]
     if scales:
         parts.append(f"{scales} scales multiplied in")
     if source.repeats:
         parts.append(f"{len(source.repeats)} repeat another and are compared with it")
+    if source.computed:
+        parts.append(f"{len(source.computed)} follow from config.json and are left out")
     if unused:
         parts.append(f"{unused} left out")
     lines = [f"read: {read} tensors ({source.layout} layout): {', '.join(parts)}"]

@@ -1,16 +1,21 @@
 """A layer: attention and feed-forward, each read off the residual and put back between two norms (sections 3 and 8).
 
-Trunk layers and MTP layers are the same but for their residual.
+Trunk layers and MTP layers are the same but for their residual. A layer that is no sandwich has no norms behind its
+sublayers (section 1 of the family).
 """
 from mindspore import nn, ops
 
+from pangu_ms.model import plan as records
 from pangu_ms.model.experts import MoELayer
 from pangu_ms.model.feed_forward import FeedForward
+from pangu_ms.model.grouped_query_attention import GroupedQueryAttention
 from pangu_ms.model.hyper_connection import HyperConnection, flatten
 from pangu_ms.model.latent_attention import LatentAttention
 from pangu_ms.model.norm import RMSNorm
 from pangu_ms.model.residual import residual_post, residual_post_pre, residual_pre
 from pangu_ms.parallel import collectives
+
+ATTENTION = {records.LatentAttention: LatentAttention, records.GroupedQueryAttention: GroupedQueryAttention}
 
 
 class Block(nn.Cell):
@@ -24,17 +29,23 @@ class Block(nn.Cell):
             self.attn_mhc_module = HyperConnection(plan, layer.residual)
             self.attn_gates = self.attn_mhc_module.gates
         self.input_layernorm = RMSNorm(hidden, plan)
-        self.self_attn = LatentAttention(layer.attention, plan, ranks)
+        self.self_attn = ATTENTION[type(layer.attention)](layer.attention, plan, ranks)
+        # In a sandwich the norm behind attention, otherwise that in front of the feed-forward: the release's name.
         self.post_attention_layernorm = RMSNorm(hidden, plan)
         if layer.residual:
             self.mlp_mhc_module = HyperConnection(plan, layer.residual)
             self.mlp_gates = self.mlp_mhc_module.gates
-        self.pre_mlp_layernorm = RMSNorm(hidden, plan)
+        self.behind_attn, self.before_mlp, self.behind_mlp = None, self.post_attention_layernorm.handle, None
+        if layer.sandwich:
+            self.pre_mlp_layernorm = RMSNorm(hidden, plan)
+            self.behind_attn, self.before_mlp = self.before_mlp, self.pre_mlp_layernorm.handle
         if self.moe:
             self.mlp = MoELayer(layer.feed_forward, plan, ranks)
         else:
             self.mlp = FeedForward(layer.feed_forward.intermediate_size, plan, ranks)
-        self.post_mlp_layernorm = RMSNorm(hidden, plan)
+        if layer.sandwich:
+            self.post_mlp_layernorm = RMSNorm(hidden, plan)
+            self.behind_mlp = self.post_mlp_layernorm.handle
         self.copy, self.reduce = collectives.copy(ranks, "tensor"), collectives.reduce(ranks, "tensor")
         self.block_norm = layer.block_norm
         if self.block_norm:
@@ -51,14 +62,14 @@ class Block(nn.Cell):
         """
         x, back = residual_pre(stream, self.attn_gates, self.input_layernorm.handle, step)
         attn, index = self.self_attn(x, step, cache)
-        stream, x, back = residual_post_pre(attn, self.post_attention_layernorm.handle, back, stream, self.mlp_gates,
-                                            self.pre_mlp_layernorm.handle, step)
+        stream, x, back = residual_post_pre(attn, self.behind_attn, back, stream, self.mlp_gates,
+                                            self.before_mlp, step)
         routing = ()
         if self.moe:
             mlp, routing = self.mlp(x, step)
         else:
             mlp = self.reduce(self.mlp(self.copy(x)))
-        stream = residual_post(mlp, self.post_mlp_layernorm.handle, back, stream, step)
+        stream = residual_post(mlp, self.behind_mlp, back, stream, step)
         if self.block_norm:                                                     # one norm over all N * H values
             stream = ops.reshape(self.block_post_layernorm(flatten(stream)), stream.shape)
         return stream, {"attn": attn, "index": index, "mlp": mlp, "routing": routing}

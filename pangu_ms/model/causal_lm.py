@@ -4,7 +4,7 @@ from mindspore import nn, ops
 
 from pangu_ms.model.block import Block
 from pangu_ms.model.hyper_connection import StreamMerge
-from pangu_ms.model.linear import Embedding, Linear
+from pangu_ms.model.linear import Embedding, Linear, linear
 from pangu_ms.model.mtp import MTPLayer
 from pangu_ms.model.norm import RMSNorm
 from pangu_ms.model.step_info import StepInfo, positions
@@ -51,7 +51,11 @@ class CausalLM(nn.Cell):
         super().__init__()
         self.plan, self.ranks = plan, ranks
         self.model = Decoder(plan, ranks)
-        self.lm_head = Linear(plan.hidden_size, plan.vocab_size // ranks.tensor, plan)
+        if plan.tied_head:
+            self.head_matrix = self.model.embed_tokens.matrix
+        else:
+            self.lm_head = Linear(plan.hidden_size, plan.vocab_size // ranks.tensor, plan)
+            self.head_matrix = self.lm_head.matrix
         self.gather = collectives.gather_columns(ranks)
         self.step_info = StepInfo(plan, plan.layers)
         self.mtp_reads_merged = plan.mtp_hidden == "merged"
@@ -70,7 +74,7 @@ class CausalLM(nn.Cell):
 
     def head(self, normed):
         """Hidden [B, T, H] behind the final norm, or an MTP layer's -> float32 [B, T, vocab_size]."""
-        return self.gather(ops.cast(self.lm_head(normed), ms.float32))
+        return self.gather(ops.cast(linear(normed, self.head_matrix), ms.float32))
 
     def mtp_hidden(self, merged):
         """What depth 1 reads: public sources differ on whether it is normed (`Plan.mtp_hidden`)."""

@@ -91,6 +91,8 @@ def sink_rows(sinks):
 
 def with_sinks(visible, sinks):
     """bool [B, T, S] -> [B, T, 1, sinks + S]: the sinks, in front of the keys, are seen by every query."""
+    if sinks == 0:
+        return ops.expand_dims(visible, 2)
     always = ops.ones(visible.shape[:2] + (sinks,), visible.dtype)
     return ops.expand_dims(ops.cat((always, visible), 2), 2)
 

@@ -1,7 +1,8 @@
-"""Projections without biases, and the handle by which formulas take a matrix.
+"""Projections, and the handle by which formulas take a matrix.
 
 A matrix is a dictionary of parameters: {"weight": [O, I]}, or stacked [E, O, I] for experts. Another kind of matrix
-(int8 with a scale for each row, a frozen matrix with a low-rank pair beside it) has other keys and no "weight":
+(int8 with a scale for each row, a frozen matrix with a low-rank pair beside it, or {"matrix", "bias"}: any matrix with
+a bias for what it gives) has other keys and no "weight":
 `linear` and `dense_weight` understand it, and an operator that takes a weight refuses it when the graph is compiled. No
 cell reads the weight of another past its handle. Handles of larger parts are dictionaries of these, put together when a
 cell is made: in a graph they cost nothing.
@@ -17,7 +18,17 @@ from pangu_ms.parallel import collectives
 @replaceable
 def linear(x, matrix):
     """x [..., I] -> [..., O], in the dtype of both."""
-    return ops.dense(x, dense_weight(matrix))
+    return add_bias(ops.dense(x, dense_weight(without_bias(matrix))), matrix)
+
+
+def without_bias(matrix):
+    """The matrix alone."""
+    return matrix["matrix"] if "bias" in matrix else matrix
+
+
+def add_bias(y, matrix):
+    """What the product with a matrix has given, y [..., O], with the matrix's bias where it has one."""
+    return y + matrix["bias"] if "bias" in matrix else y
 
 
 def dense_weight(matrix):
@@ -32,12 +43,15 @@ def parameter(shape, plan, dtype=None, init=None):
 
 
 class Linear(nn.Cell):
-    """x [..., I] -> [..., O] by `weight` [O, I], the orientation of the checkpoint."""
+    """x [..., I] -> [..., O] by `weight` [O, I], the orientation of the checkpoint, and where wanted `bias` [O]."""
 
-    def __init__(self, in_features, out_features, plan, dtype=None):
+    def __init__(self, in_features, out_features, plan, dtype=None, bias=False):
         super().__init__()
         self.weight = parameter((out_features, in_features), plan, dtype)
         self.matrix = {"weight": self.weight}
+        if bias:
+            self.bias = parameter((out_features,), plan, dtype, "zeros")
+            self.matrix = {"matrix": self.matrix, "bias": self.bias}
 
     def construct(self, x):
         return linear(x, self.matrix)
@@ -51,6 +65,7 @@ class Embedding(nn.Cell):
         self.count, self.sharded = plan.vocab_size // ranks.tensor, ranks.tensor > 1
         self.first, self.reduce = ranks.tensor_rank * self.count, collectives.reduce(ranks, "tensor")
         self.weight = parameter((self.count, plan.hidden_size), plan)
+        self.matrix = {"weight": self.weight}                                   # of a head that is tied to it
 
     def construct(self, ids):
         if not self.sharded:

@@ -19,8 +19,10 @@ def residual_pre(stream, gates, norm, step):
 
 @replaceable
 def residual_post(y, norm, back, stream, step):
-    """A sublayer's output y [B, T, H], normed, back onto the stream it was read from -> the new stream."""
-    y = rms_norm(y, norm)
+    """A sublayer's output y [B, T, H], normed unless norm is None, back onto the stream it was read from -> the new
+    stream."""
+    if norm is not None:
+        y = rms_norm(y, norm)
     if len(back) == 0:
         return stream + y
     post, residual_mix = back

@@ -21,7 +21,7 @@ class StepInfo(nn.Cell):
     causal      bool [B, T, S], for layers that see the whole context: S are the rows of a growing tensor, or the T rows
     visible     window, or 0 for none -> bool [B, T, 1, sinks + S]: what attention may see, the sinks always
     slots       int32 [B, T]: where the new rows go in growing tensors; with a cache
-    taps        `ring_slots` of the convolutions' inputs; with a cache
+    taps        `ring_slots` of the convolutions' inputs; with a cache, where there are convolutions
     rings       window -> `ring_slots` of the latent rows; with a cache
     decode, sparse   constants of the compiled function. Decode: few rows, read where they lie in the cache. Sparse: DSA
                 layers see what their indexer selects, otherwise all there is
@@ -61,7 +61,8 @@ class StepInfo(nn.Cell):
         else:
             causal = _within(at - ops.arange(capacity, dtype=ms.int32), at, None)
             slots = growing_slots(position, capacity)
-            taps = ring_slots(position, self.taps + self.slack, decode, count)
+            if self.taps > 0:
+                taps = ring_slots(position, self.taps + self.slack, decode, count)
             for window in self.windows:
                 size = window + self.slack
                 # The keys are the ring's rows in order, then the new ones.

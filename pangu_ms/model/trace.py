@@ -2,11 +2,11 @@
 
 The keys, with L trunk layers, n of them DSA, m of them MoE:
 
-    streams [L, B, T, N, H]                   after each layer
+    streams [L, B, T, N, H]                   after each layer; of a plain residual hidden [L, B, T, H]
     attn, mlp [L, B, T, H]                    what the sublayers give, before the norm behind them
     index_layers [n], index_scores [n, B, T, T] (-inf ahead of the query), index_sel uint8 [n, B, T, T]
     router_layers [m], router_ids [m, B, T, K] ascending, router_w [m, B, T, K] in the same order
-    merged, final [B, T, H]                   before and after the final norm
+    merged, final [B, T, H]                   before and after the final norm; merged where there are streams
     logits [B, T, V]
     mtp{d}_hidden [B, T - d, H], mtp{d}_logits [B, T - d, V]
 """
@@ -73,7 +73,7 @@ def collect_trace(plan, outputs):
     (merged, final, logits), layers, depths = outputs
     batch, length = merged.shape[:2]
     streams, attn, mlp, index, routing = zip(*layers)
-    trace = {"streams": _stack(streams), "attn": _stack(attn), "mlp": _stack(mlp)}
+    trace = {"streams" if plan.residual else "hidden": _stack(streams), "attn": _stack(attn), "mlp": _stack(mlp)}
     if dsa := [layer.index for layer in plan.trunk if layer.attention.kind == "dsa"]:
         trace["index_layers"] = np.array(dsa, np.int32)
         trace["index_scores"] = _stack(index[i][0] for i in dsa)
@@ -84,7 +84,9 @@ def collect_trace(plan, outputs):
         trace["router_layers"] = np.array(moe, np.int32)
         trace["router_ids"] = np.take_along_axis(chosen, order, -1)
         trace["router_w"] = np.take_along_axis(weights, order, -1)
-    trace |= {"merged": merged.asnumpy(), "final": final.asnumpy(), "logits": logits.asnumpy()}
+    if plan.residual:
+        trace["merged"] = merged.asnumpy()
+    trace |= {"final": final.asnumpy(), "logits": logits.asnumpy()}
     for depth, (hidden, mtp_logits) in enumerate(depths, 1):
         trace[f"mtp{depth}_hidden"], trace[f"mtp{depth}_logits"] = hidden.asnumpy(), mtp_logits.asnumpy()
     return trace

@@ -91,7 +91,7 @@ def residual_pre(stream, gates, norm, step):
 
 
 def residual_post(y, norm, back, stream, step):
-    if not step["decode"]:
+    if norm is None or not step["decode"]:
         return _residual_post(y, norm, back, stream, step)
     if len(back) == 0:
         return operator("DecodingAdd")(y, norm["weight"], stream, norm["eps"])
@@ -99,7 +99,7 @@ def residual_post(y, norm, back, stream, step):
 
 
 def residual_post_pre(y, norm, back, stream, next_gates, next_norm, step):
-    if not step["decode"]:
+    if norm is None or not step["decode"]:
         return _residual_post_pre(y, norm, back, stream, next_gates, next_norm, step)
     if next_gates is None:
         stream, x = operator("DecodingResidual")(stream, y, norm["weight"], next_norm["weight"], norm["eps"])

@@ -1,12 +1,13 @@
 """The compiled forms of single formulas, with gradients. Each has the name and the arguments of what it replaces."""
 from pangu_ms.cache import rings
+from pangu_ms.model.linear import add_bias, without_bias
 from pangu_ms.ops.cpu.library import operator
 
 _ring_update = rings.ring_update.formula
 
 
 def linear(x, matrix):
-    return operator("Linear")(x, matrix["weight"])
+    return add_bias(operator("Linear")(x, without_bias(matrix)["weight"]), matrix)
 
 
 def rms_norm(x, norm):

@@ -55,7 +55,7 @@ class Pretraining(nn.Cell):
         self.shared_head = SharedHeadLoss(plan, ranks) if ranks.tensor > 1 else None
         self.ranks, self.sum = ranks.batch, collectives.reduce(ranks, "batch")
         self.part_names, self.weights = self._parts(settings)
-        self.head = causal_lm.lm_head.matrix
+        self.head = causal_lm.head_matrix
 
     def _parts(self, settings):
         parts = [] if self.warm_up else [("lm", 1.0)]
