@@ -48,7 +48,7 @@ def grouped_attention(q, keys, values, visible, scale):
     keys, values = ops.transpose(keys, (0, 2, 1, 3)), ops.transpose(values, (0, 2, 1, 3))       # [B, G, S, D]
     score = ops.reshape(ops.BatchMatMul(transpose_b=True)(q, keys), (batch, heads, -1, rows))   # [B, N, T, S]
     prob = masked_softmax(score, ops.transpose(visible, (0, 2, 1, 3)), scale)
-    out = ops.matmul(ops.reshape(prob, (batch, groups, -1, rows)), values)                      # [B, G, N / G * T, D]
+    out = ops.BatchMatMul()(ops.reshape(prob, (batch, groups, -1, rows)), values)               # [B, G, N / G * T, D]
     out = ops.transpose(ops.reshape(out, (batch, heads, -1, width)), (0, 2, 1, 3))
     return ops.reshape(out, (batch, -1, heads * width))
 

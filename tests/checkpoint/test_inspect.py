@@ -35,6 +35,12 @@ def test_components_add_up(data):
     assert report["fits"]
 
 
+def test_what_follows_from_the_config_is_counted_apart(data):
+    report, count = inspect(data / "embedded"), read_config(data / "embedded").parameter_count()
+    found = {name: fields["parameters"] for name, fields in report["components"].items()}
+    assert found.pop("computed") == 3 * 4 and found == count["components"] and report["fits"]
+
+
 def test_values(data, tmp_path):
     config = generate.config(data)
     found = generate.tensors(config, "float32")

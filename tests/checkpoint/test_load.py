@@ -193,3 +193,16 @@ def test_mtp_layers_that_are_not_there(data, tmp_path):
     config = generate.config(data)
     generate.write(tmp_path, config, generate.tensors(dataclasses.replace(config, num_nextn_predict_layers=1)))
     assert "says num_nextn_predict_layers 3, 2 of these layers are not there: set it to 1" in refusal(tmp_path, config)
+
+
+def test_nothing_but_the_known_tables_of_embedded_is_dropped(data, tmp_path):
+    config = read_config(data / "embedded_tied")
+    found = generate.tensors(config, "float32")
+    del found["model.layers.3.self_attn.o_proj.bias"]
+    found |= {f"model.layers.{i}.self_attn.rotary_emb.{name}": np.zeros(3, np.float32)
+              for i, name in ((0, "inv_freq"), (4, "inv_freq"), (1, "scale"))}
+    found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    text = refusal(generate.write(tmp_path, config, found), config)
+    assert "1 missing:\n  model.layers.3.self_attn.o_proj.bias [36]\n" in text
+    assert ("3 unexpected:\n  lm_head.weight\n  model.layers.1.self_attn.rotary_emb.scale\n"
+            "  model.layers.4.self_attn.rotary_emb.inv_freq") in text
