@@ -1,14 +1,16 @@
-"""What a layer's latent attention costs on one rank, by its record in the plan: its reach, operations and bytes.
-
-A plan with another kind of attention wants a class like this one.
-"""
+"""What a layer's attention costs on one rank, by its record in the plan: its reach, operations and bytes."""
 import numpy as np
 
 from pangu_ms.estimate.work import Calls, Case
-from pangu_ms.model.plan import LatentAttention
+from pangu_ms.model.plan import GroupedQueryAttention, LatentAttention
 
 
-class AttentionCost:
+def attention_cost(attention: LatentAttention | GroupedQueryAttention, case: Case, calls: Calls):
+    """The costs of an attention of any kind."""
+    return COSTS[type(attention)](attention, case, calls)
+
+
+class LatentCost:
     """One layer's attention in the calls of a phase. Arrays [C] hold a number for each call, of one sequence.
 
     Fused attention sees visible pairs alone. Plain attention multiplies each query by every key that is there, masked:
@@ -128,6 +130,54 @@ class AttentionCost:
 
     def _index_flops(self, pairs: float) -> float:
         return 2 * pairs * self.attention.indexer.num_heads * (self.attention.indexer.head_dim + 1)
+
+
+class GroupedCost:
+    """The same of grouped-query attention, whose heads are all shared by tensor ranks.
+
+    Attributes:
+        keys: rows in memory that a query is multiplied with: all that fused attention sees, otherwise the capacity.
+        pairs: query-key pairs of the scores.
+    """
+
+    def __init__(self, attention: GroupedQueryAttention, case: Case, calls: Calls):
+        a, fused, rows, past = attention, case.work.fused, calls.rows, calls.past
+        self.attention, self.case, self.calls, self.heads = a, case, calls, a.num_heads // case.ranks.tensor
+        self.row = 2 * a.num_kv_heads // case.ranks.tensor * a.head_dim         # values of a token's keys and values
+        self.keys = rows + past if fused else calls.capacity
+        self.pairs = visible_pairs(past, rows, None) if fused else rows * self.keys
+
+    def rows_through(self, name: str) -> np.ndarray:
+        """Rows of each call that pass through one of the layer's matrices."""
+        return self.calls.rows
+
+    def flops(self) -> dict[str, float]:
+        """Scores and weighted values of all sequences."""
+        a = self.attention
+        return {f"scores_{a.kind}": self.case.sequences * self.heads * self.calls.total(self.pairs) * 4 * a.head_dim}
+
+    def activations(self) -> dict[str, np.ndarray]:
+        """What it computes and its backward reads, bytes [C] of all sequences; `d` and `wide` as in `LatentCost`."""
+        heads, rows, d, width = self.heads, self.calls.rows, self.case.width, self.attention.head_dim
+        plain = not self.case.work.fused
+        # Queries and keys: projected and rotated; wide between. Values, and what the heads give.
+        found = {"projections": rows * ((heads * width + self.row // 2) * (3 * d + 4 * plain)),
+                 # Plain: keys and values once more, head by head. Fused: as they lie.
+                 "keys_values": self.keys * self.row * d * plain,
+                 # Plain: each score in float32 for the softmax, then as a probability. Fused: a float32 sum a query.
+                 "scores": heads * (self.pairs * (4 + d) if plain else rows * 4)}
+        return {name: self.case.sequences * value for name, value in found.items()}
+
+    def cache_read(self) -> float:
+        """Bytes over all calls: keys and values, once for all queries of a call."""
+        return self.case.sequences * self.calls.total(self.keys) * self.row * self.case.width
+
+    def copied_values(self) -> int:
+        """Of a token, that tensor ranks have alike and go on from with heads of their own: the layer's input."""
+        return self.case.plan.hidden_size
+
+
+COSTS = {LatentAttention: LatentCost, GroupedQueryAttention: GroupedCost}
 
 
 def visible_pairs(past, rows, reach):

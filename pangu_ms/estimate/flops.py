@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from pangu_ms.estimate.attention import AttentionCost
+from pangu_ms.estimate.attention import attention_cost
 from pangu_ms.estimate.work import Calls, Case
 from pangu_ms.model import pieces
 from pangu_ms.model.plan import MoE
@@ -23,11 +23,13 @@ def forward_flops(case: Case, calls: Calls) -> dict[str, float]:
     whole copy of the model, and of those one expert rank's share.
     """
     plan, tokens, found = case.plan, case.sequences * calls.tokens, defaultdict(float)
-    costs = {layer.attention: AttentionCost(layer.attention, case, calls) for layer in plan.layers}
+    costs = {layer.attention: attention_cost(layer.attention, case, calls) for layer in plan.layers}
     for name, p in case.tensors.items():
-        if p.component in NO_PRODUCT or len(p.shape) < 2:
-            continue
         component, flops = COUNTED_AS.get(p.component, p.component), 2 * case.counts[name]
+        if component == "embedding" and plan.tied_head:
+            component = "head"
+        if component in NO_PRODUCT or len(p.shape) < 2:
+            continue
         if component == "expert":
             moe = p.layer.feed_forward
             flops *= calls.total(expert_rows(moe, case, calls)) / (moe.num_experts // case.ranks.expert)
@@ -65,6 +67,6 @@ def train_flops(case: Case, calls: Calls) -> dict[str, float]:
     """Forward and backward. Each product has two more in the backward; recompute does the layers' forward again."""
     found = {name: value * (4 if case.work.recompute and name != "head" else 3)
              for name, value in forward_flops(case, calls).items()}
-    losses = [count * AttentionCost(layer.attention, case, calls).loss_flops()
+    losses = [count * attention_cost(layer.attention, case, calls).loss_flops()
               for layer, count in case.layers.items() if layer.attention.indexer]
     return found | ({"indexer_loss": sum(losses)} if losses else {})

@@ -5,7 +5,7 @@ import numpy as np
 
 from pangu_ms.cache.sizes import cache_bytes
 from pangu_ms.estimate import optimizer
-from pangu_ms.estimate.attention import AttentionCost
+from pangu_ms.estimate.attention import attention_cost
 from pangu_ms.estimate.flops import expert_rows
 from pangu_ms.estimate.work import Calls, Case, calls_of
 from pangu_ms.model import pieces
@@ -58,10 +58,11 @@ def layer_activations(layer: Layer, case: Case, calls: Calls) -> dict[str, np.nd
     found = {}
     if layer.residual:                      # for each sublayer the streams; wide to be normed, normed, and to be mixed
         found["streams"] = tokens * layer.residual.streams * hidden * 2 * (d + 3 * wide)
-    else:                                   # an MTP layer's two normed inputs, wide before their norms; two residuals
-        found["streams"] = tokens * hidden * (4 * d + 2 * wide)
-    found["norms"] = tokens * hidden * 4 * (2 * d + wide)       # four: in and out; wide between
-    found |= AttentionCost(layer.attention, case, calls).activations()
+    else:                                   # two residuals; of an MTP layer two normed inputs, wide before their norms
+        found["streams"] = tokens * hidden * 2 * (d + (d + wide) * (layer.mtp_depth > 0))
+    norms = 4 if layer.sandwich else 2                          # each in and out; wide between
+    found["norms"] = tokens * hidden * norms * (2 * d + wide)
+    found |= attention_cost(layer.attention, case, calls).activations()
     if not layer.moe:
         return found | {"dense_mlp": tokens * layer.feed_forward.intermediate_size // ranks.tensor * inner}
     moe, rows = layer.feed_forward, expert_rows(layer.feed_forward, case, calls)
@@ -97,7 +98,7 @@ def train_activations(case: Case) -> dict[str, float]:
     for layer, count in case.layers.items():
         inputs += count * (layer.residual.streams if layer.residual else 1) * case.plan.hidden_size
         if layer.attention.indexer:
-            cost = AttentionCost(layer.attention, case, calls)
+            cost = attention_cost(layer.attention, case, calls)
             inputs += count * cost.loss_input()
             loss = cost.loss_bytes()
             found["indexer_loss"] = max(found["indexer_loss"], loss) if again else found["indexer_loss"] + count * loss

@@ -1,6 +1,6 @@
 """Bytes that one rank moves: in its own memory, and to others through collectives."""
 from pangu_ms.estimate import optimizer
-from pangu_ms.estimate.attention import AttentionCost
+from pangu_ms.estimate.attention import attention_cost
 from pangu_ms.estimate.flops import expert_rows
 from pangu_ms.estimate.memory import layer_activations, train_logits_bytes, weight_bytes
 from pangu_ms.estimate.work import Calls, Case
@@ -18,7 +18,7 @@ def moved_bytes(case: Case, calls: Calls) -> dict[str, float]:
     activations = sum(2 * count * calls.total(value) for layer, count in layers
                       for name, value in layer_activations(layer, case, calls).items() if name != "expert_copies")
     if not case.train:
-        cache = sum(count * AttentionCost(layer.attention, case, calls).cache_read() for layer, count in layers)
+        cache = sum(count * attention_cost(layer.attention, case, calls).cache_read() for layer, count in layers)
         return {"weights": weights_read(case, calls), "cache": cache, "activations": activations}
     passes = 4 if case.work.recompute else 3
     return {"weights": passes * weights_read(case, calls), "activations": passes * activations,
@@ -26,7 +26,8 @@ def moved_bytes(case: Case, calls: Calls) -> dict[str, float]:
 
 
 def weights_read(case: Case, calls: Calls) -> float:
-    """Over all calls: every weight once a call, but of the embedding only rows (not counted), and of the experts some.
+    """Over all calls: every weight once a call, but of the embedding only rows (not counted) unless it is the head
+    too, and of the experts some.
 
     Fused: the experts that some token of the call goes to, E_local * (1 - (1 - K/E)^tokens) if each goes evenly, after
     all of them have been transposed. Plain, and when decoding: one copy for each block of rows, or when decoding for
@@ -41,9 +42,10 @@ def weights_read(case: Case, calls: Calls) -> float:
     times = {layer.feed_forward: calls.total(experts(layer.feed_forward)) / (layer.feed_forward.num_experts
                                                                             // case.ranks.expert)
              for layer in case.layers if layer.moe}
+    rows_alone = () if case.plan.tied_head else ("embedding",)
     return sum(case.bytes[name] * (times[p.layer.feed_forward] if p.component == "expert" else calls.total(1))
                for name, p in case.tensors.items()
-               if p.component != "embedding" and (case.train or p.layer is None or p.layer.mtp_depth == 0))
+               if p.component not in rows_alone and (case.train or p.layer is None or p.layer.mtp_depth == 0))
 
 
 def update_bytes(case: Case) -> dict[str, float]:
@@ -78,7 +80,7 @@ def sent_bytes(case: Case, calls: Calls) -> dict[str, float]:
     forward = tokens * hidden * (2 * len(layers) + 1)
     if train:
         heads = 1 + len(plan.mtp_layers)
-        copied = sum(AttentionCost(layer.attention, case, calls).copied_values() for layer in layers) * case.width
+        copied = sum(attention_cost(layer.attention, case, calls).copied_values() for layer in layers) * case.width
         backward = tokens * (copied + (len(layers) + heads) * hidden)
         tensor = 2 * ring(ranks.tensor) * (forward * forwards + backward + heads * tokens * 8)
     else:

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
-from pangu_ms.estimate.attention import AttentionCost, visible_pairs
+from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.tensors import parameters
+from pangu_ms.estimate.attention import attention_cost, visible_pairs
 from pangu_ms.estimate.flops import forward_flops
 from pangu_ms.estimate.optimizer import update_flops
 from pangu_ms.estimate.work import Calls, Case, Work, calls_of
@@ -48,6 +50,24 @@ def test_the_network_makes_these_products(small, monkeypatch):
     assert made == [products(case, calls) for calls in steps]
 
 
+@pytest.mark.parametrize("name", ["embedded", "embedded_tied"])
+def test_a_network_of_grouped_queries_makes_these_products(model, monkeypatch, name):
+    """Without a cache, a prefill, a chunk behind it, and decoding."""
+    from pangu_ms.generation.engine import Engine
+    monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")
+    embedded, ids, made = model(name), np.arange(48).reshape(2, 24).astype(np.int32), []
+    engine = Engine(embedded, batch=2, capacity=32)
+    with counted(monkeypatch) as found:
+        for run in (lambda: embedded(ids), lambda: engine.prefill(ids[:, :4]), lambda: engine.prefill(ids[:, 4:]),
+                    lambda: engine.decode(ids[:, :1])):
+            found["flops"] = 0
+            run()
+            made.append(found["flops"])
+    case = Case(embedded.config, Ranks(), Work("infer", 32, 2, "float32"))
+    steps = [Calls([24], 0), Calls([4], 0, 32), Calls([20], 4, 32), Calls([1], 24, 32, decode=True)]
+    assert made == [products(case, calls) for calls in steps]
+
+
 @pytest.mark.parametrize("past,rows,reach", [(0, 9, None), (0, 9, 4), (3, 9, 4), (7, 1, 4), (2, 1, 4), (5, 3, 100)])
 def test_visible_pairs_are_those_of_the_mask(past, rows, reach):
     query, key = np.arange(past, past + rows)[:, None], np.arange(past + rows)
@@ -58,7 +78,7 @@ def test_visible_pairs_are_those_of_the_mask(past, rows, reach):
 def test_fused_attention_sees_only_what_it_must():
     case = flash("train", 4096, 1, fused=True)
     calls = calls_of(case)["step"]
-    pairs = {layer.attention.kind: AttentionCost(layer.attention, case, calls).pairs.item()
+    pairs = {layer.attention.kind: attention_cost(layer.attention, case, calls).pairs.item()
              for layer in case.plan.layers[:2]}
     assert pairs == {"dsa": 2048 * 2049 / 2 + 2048 * 2048 + 4096 * 128,
                      "swa": 512 * 513 / 2 + 3584 * 512 + 4096 * 128}
@@ -77,6 +97,16 @@ def test_a_decoded_token_takes_two_operations_for_each_active_parameter():
     assert found["scores_swa"] == 30 * 48 * 129 * 2 * (576 + 512)
     active = FLASH.parameter_count()["active"]["with_head"]
     assert products(case, decode) == pytest.approx(2 * active, rel=0.05)
+
+
+@pytest.mark.parametrize("config", [PanguEmbeddedConfig.embedded_7b(), PanguEmbeddedConfig.embedded_1b()])
+def test_a_decoded_token_of_a_dense_network_takes_two_operations_for_each_parameter(config):
+    """At a context of one token: active parameters but norms and biases, and the scores."""
+    case = Case(config, Ranks(), Work("infer", 1, 1, fused=True))
+    vectors = sum(p.count for p in parameters(config).values() if len(p.shape) == 1)
+    found = forward_flops(case, calls_of(case)["decode"])
+    assert found.pop("scores_full") == config.num_hidden_layers * 4 * config.hidden_size
+    assert sum(found.values()) == 2 * (config.parameter_count()["active"]["with_head"] - vectors)
 
 
 def test_ranks_share_the_products():

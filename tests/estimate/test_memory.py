@@ -5,7 +5,9 @@ import math
 
 import pytest
 
+from pangu_ms.architectures import read_config
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 from pangu_ms.architectures.tensors import parameters
 from pangu_ms.estimate.memory import layer_activations, memory, train_logits_bytes, weight_bytes
 from pangu_ms.estimate.optimizer import state_bytes, work_bytes
@@ -39,6 +41,25 @@ def test_weights_are_the_tensors_of_the_file(data, name):
                  or tensor == "model.embed_tokens.weight")
     config = PanguConfig.from_pretrained(data / name)
     assert sum(weight_bytes(Case(config, Ranks(), Work("infer", 1, 1, "float32"))).values()) == 4 * stored
+
+
+@pytest.mark.parametrize("name, tied", [("embedded", False), ("embedded_tied", True)])
+def test_weights_and_cache_of_grouped_queries(model, data, name, tied):
+    """A head that is the embedding counts once; a token leaves G keys and G values of 8 or 6 numbers in each layer."""
+    from pangu_ms.generation.engine import Engine
+    network = model(name)
+    found = memory(Case(read_config(data / name), Ranks(), Work("infer", 256, 2, "float32")))
+    assert network.plan.tied_head == tied
+    assert sum(found["weights"].values()) == sum(parameter.nbytes for parameter in network.get_parameters())
+    assert found["cache"]["cache"] == Engine(network, batch=2).cache.bytes
+
+
+def test_two_tensor_ranks_of_a_7b():
+    """Both have all norms and the outputs' biases, and half of everything else, keys and values too."""
+    case = Case(PanguEmbeddedConfig.embedded_7b(), Ranks(2), Work("infer", 4096, 1, fused=True))
+    found, both = memory(case), (2 * 34 + 1 + 34) * 4096
+    assert sum(found["weights"].values()) == (8_030_887_936 - both) + 2 * both
+    assert found["cache"]["cache"] == 4096 * 34 * 2 * (8 * 128) * 2 / 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
