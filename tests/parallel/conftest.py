@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 from pangu_ms.architectures.tensors import parameters
 
 CONFIG = PanguConfig(
@@ -21,6 +22,10 @@ CONFIG = PanguConfig(
     swa_layers=(1, 2), sliding_window_list=(6, 6), index_n_heads=2, index_head_dim=16, index_topk=8,
     max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
+GROUPED = PanguEmbeddedConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, rope_theta=1e4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
+    eos_token_id=None, pad_token_id=None)
 
 # 194 MB, of which each of four ranks takes 86: enough to be measured.
 LARGE = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_intermediate_size=512)
@@ -28,14 +33,15 @@ LARGE = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_inter
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """The directory of a model of CONFIG with random weights; in its directory large, one of LARGE."""
+    """The directory of a model of CONFIG with random weights; in it those of one of GROUPED and, large, of LARGE."""
     directory, random = tmp_path_factory.mktemp("model"), np.random.default_rng(3)
-    CONFIG.save_pretrained(directory)
-    tensors = {}
-    for name, parameter in parameters(CONFIG).items():
-        values = random.standard_normal(parameter.shape) * 0.3
-        tensors[name] = (values + ("norm" in name)).astype(np.float32)
-    save_file(tensors, directory / "model.safetensors")
+    for config, place in ((CONFIG, directory), (GROUPED, directory / "grouped")):
+        config.save_pretrained(place)
+        tensors = {}
+        for name, parameter in parameters(config).items():
+            values = random.standard_normal(parameter.shape) * 0.3
+            tensors[name] = (values + ("norm" in name)).astype(np.float32)
+        save_file(tensors, place / "model.safetensors")
     (directory / "large").mkdir()
     LARGE.save_pretrained(directory / "large")
     save_file({name: np.ones(p.shape, np.float32) for name, p in parameters(LARGE).items()},

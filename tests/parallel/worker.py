@@ -34,6 +34,21 @@ def drafting(directory, ranks):
             "tokens": np.array(generate(model, prompt, NEW_TOKENS, num_draft_tokens=DRAFTS))}
 
 
+def grouped(directory, ranks):
+    """-> arrays by name: logits of a prompt and of a token behind it in a model of grouped queries, and the gradients
+    by parameter of one step, where the head is the embedding."""
+    model = PanguForCausalLM.from_pretrained(Path(directory) / "grouped", ranks=ranks)
+    ids, engine = token_ids(model.config), Engine(model, batch=BATCH)
+    found = {"prompt_logits": engine.prefill(ids[:, :PROMPT]), "decode_logits": engine.decode(ids[:, PROMPT:PROMPT + 1])}
+    objective = Pretraining(model, TrainingSettings())
+    step = TrainStep(objective, PanguMuon(objective.trained_parameters(), model.config, 0.003, ranks=ranks or Ranks()))
+    batch = [ids, np.roll(ids, -1, 1), np.ones(ids.shape, np.float32), np.tile(np.arange(LENGTH, dtype=np.int32),
+                                                                               (BATCH, 1))]
+    _, _, _, gradients = step.gradients(*map(ms.Tensor, batch))
+    return found | {f"gradient {parameter.name}": gradient.asnumpy()
+                    for parameter, gradient in zip(step.optimizer.parameters, gradients)}
+
+
 def train(directory, ranks):
     """-> arrays by name: the parts of the loss, gradients by parameter, losses and gradient norms of STEPS steps, and
     the optimizer's moments at their end.
@@ -92,5 +107,5 @@ if __name__ == "__main__":
     place = collectives.start(Ranks(*map(int, sizes)))
     results = {}
     for what in sys.argv[6:]:
-        results |= {"drafting": drafting, "train": train, "memory": memory}[what](directory, place)
+        results |= {"drafting": drafting, "grouped": grouped, "train": train, "memory": memory}[what](directory, place)
     np.savez(Path(output) / f"{place.rank}.npz", **results)
