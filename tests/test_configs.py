@@ -1,16 +1,18 @@
-"""configs/openpangu_v2: the files build the models that they name."""
+"""configs/*: the files build the models that they name."""
 from pathlib import Path
 
 import pytest
 
+from pangu_ms.architectures import config_from_dict
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 from pangu_ms.yaml_file import read_yaml
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "openpangu_v2"
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def model_config(name):
-    return PanguConfig.from_dict(read_yaml(str(CONFIGS / name))["model"]["model_config"])
+def model_config(name, folder="openpangu_v2"):
+    return config_from_dict(read_yaml(str(CONFIGS / folder / name))["model"]["model_config"])
 
 
 @pytest.mark.parametrize("name", ["pretrain_flash_92b.yaml", "finetune_flash_92b_sft.yaml", "predict_flash_92b.yaml"])
@@ -25,6 +27,13 @@ def test_the_toy_is_small_and_has_every_kind_of_layer():
     assert [layer.attention.window for layer in config.plan.mtp_layers] == [128] * 3
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_embedded_is_embedded():
+    wanted = PanguEmbeddedConfig.embedded_7b(compute_dtype="bfloat16")
+    assert model_config("predict_embedded_7b.yaml", "pangu_embedded") == wanted
+    toy = model_config("pretrain_toy_cpu.yaml", "pangu_embedded")
+    assert toy.parameter_count()["trunk"] < 2_000_000 and toy.plan.tied_head and toy.plan.layers[0].attention.bias
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_readme_says_what_each_file_is_for(path):
-    assert f"| `{path.name}` |" in (CONFIGS / "README.md").read_text()
+    assert f"| `{path.name}` |" in (path.parent / "README.md").read_text()

@@ -17,7 +17,7 @@ import yaml
 from safetensors.numpy import save_file
 from toy_tokenizer import train_tokenizer
 
-from pangu_ms.architectures import config_from_dict
+from pangu_ms.architectures import config_class, config_from_dict
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.tensors import parameters
 from pangu_ms.checkpoint.directory import checkpoints
@@ -30,7 +30,8 @@ from pangu_ms.yaml_file import read_yaml
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "configs/openpangu_v2/README.md", "configs/openpangu_v2/CLUSTER.md")
+DOCUMENTS = ("README.md", "configs/openpangu_v2/README.md", "configs/openpangu_v2/CLUSTER.md",
+             "configs/pangu_embedded/README.md")
 # A fresh clone runs these before this test, another test that, and no machine here has the devices for the others.
 ELSEWHERE = re.compile(r"make (demo|test)$|python3.11 -m venv|.venv/bin/pip|python examples/toy_corpus.py"
                        r"|msrun --worker_num=(8|64) |python tools/bench.py ")
@@ -61,21 +62,24 @@ def directory(tmp_path_factory, data):
     train_tokenizer(texts, 268, directory / "data" / "tokenizer")
 
     model = PanguConfig.from_pretrained(data / "tiny").to_dict()
-    model = {name: value for name, value in model.items() if name in PanguConfig.given_fields()}
     model |= {"vocab_size": 268, "num_attention_heads": 4, "num_hidden_layers": 1, "num_nextn_predict_layers": 1,
               "first_k_dense_replace": 0, "dsa_layers": [0], "swa_layers": [1], "sliding_window_list": [7],
               "block_post_layernorm_idx": [0], "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
-    (directory / "configs").mkdir()
-    files = directory / "configs" / "openpangu_v2"
-    files.mkdir()
-    for path in (ROOT / "configs" / "openpangu_v2").glob("*.yaml"):
+    small = {"openpangu_v2": model, "pangu_embedded": {
+        **json.loads((data / "embedded_tied" / "config.json").read_text()),
+        **{name: model[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}}}
+    for path in (ROOT / "configs").glob("*/*.yaml"):
         fields = read_yaml(str(path))
         if path.stem.endswith("cpu"):
             if not fields.get("load_checkpoint"):
-                fields["model"]["model_config"] = model
+                known = config_class(small[path.parent.name]).given_fields()
+                fields["model"]["model_config"] = {name: value for name, value in small[path.parent.name].items()
+                                                   if name in known}
             fields["train_dataset"]["data_loader"]["seq_length"] = 64
             fields["callbacks"][1]["save_checkpoint_steps"] = 4
-        (files / path.name).write_text(yaml.safe_dump(fields))
+        written = directory / path.relative_to(ROOT)
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(yaml.safe_dump(fields))
 
     toy, random, config = directory / "examples" / "toy", np.random.default_rng(0), config_from_dict(model)
     train_tokenizer(texts, 268, toy)

@@ -13,13 +13,18 @@ ARCHITECTURES = {
 }
 
 
-def config_from_dict(fields: dict) -> Config:
-    """The config that the contents of a config.json describe; `ConfigError` names what is wrong with them."""
+def config_class(fields: dict) -> type[Config]:
+    """The class of a config.json's fields, by `architectures`; `ConfigError` when it is none of those known."""
     names = fields.get("architectures", ["OpenPanguV2ForCausalLM"])
     known = [name for name in names if name in ARCHITECTURES] if isinstance(names, list | tuple) else []
     if not known:
         raise ConfigError(f"architectures: found {str(names)[:100]}, wanted one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[known[0]].from_dict(fields)
+    return ARCHITECTURES[known[0]]
+
+
+def config_from_dict(fields: dict) -> Config:
+    """The config that the contents of a config.json describe; `ConfigError` names what is wrong with them."""
+    return config_class(fields).from_dict(fields)
 
 
 def read_config(directory: str | os.PathLike) -> Config:

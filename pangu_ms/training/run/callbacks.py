@@ -53,8 +53,8 @@ class PanguMonitor(Callback):
     """A progress bar, a line of log.jsonl for each step, and the end of the run when a number is no longer finite.
 
     A line holds step (from 1), loss, each part of it by name, learning_rate, grad_norm (before clipping),
-    expert_balance (load of the busiest expert of a layer over the mean, in the worst layer), tokens_per_second and
-    seconds of the step; the first step's seconds include compiling.
+    tokens_per_second and seconds of the step; the first step's seconds include compiling. Where there are experts,
+    expert_balance: load of the busiest one of a layer over the mean, in the worst layer.
     """
 
     run = bar = log = None
@@ -90,9 +90,9 @@ class PanguMonitor(Callback):
             self.log.write(json.dumps(line) + "\n")
             self.log.flush()
         parts = " ".join(f"{name} {line[name]:.3f}" for name in ("loss", *self.part_names))
-        self.bar.set_postfix_str(f"{parts} lr {line['learning_rate']:.2e} norm {line['grad_norm']:.2f} "
-                                 f"balance {line['expert_balance']:.2f} {line['tokens_per_second']:.0f} tok/s",
-                                 refresh=False)
+        balance = f"balance {line['expert_balance']:.2f} " if "expert_balance" in line else ""
+        self.bar.set_postfix_str(f"{parts} lr {line['learning_rate']:.2e} norm {line['grad_norm']:.2f} {balance}"
+                                 f"{line['tokens_per_second']:.0f} tok/s", refresh=False)
         self.bar.update()
 
     def __exit__(self, *error):
@@ -151,10 +151,10 @@ def split_parameters(network):
 
 
 def numbers(part_names, outputs):
-    """The outputs of a step as Python numbers: loss, the parts by name, grad_norm, expert_balance."""
+    """The outputs of a step as Python numbers: loss, the parts by name, grad_norm, and of experts expert_balance."""
     total, parts, grad_norm, load = (output.asnumpy() for output in outputs)
     found = {"loss": total.item()} | dict(zip(part_names, parts.tolist())) | {"grad_norm": grad_norm.item()}
-    return found | {"expert_balance": (load.max(1) / load.mean(1)).max().item() if load.size else 1.0}
+    return found | ({"expert_balance": (load.max(1) / load.mean(1)).max().item()} if load.size else {})
 
 
 def check_finite(line, run, dataset):

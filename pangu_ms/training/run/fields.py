@@ -2,12 +2,11 @@
 import copy
 import json
 
-from pangu_ms.architectures import ARCHITECTURES
+from pangu_ms.architectures import config_class
 from pangu_ms.checkpoint.directory import checkpoint_directory, read_config
 from pangu_ms.errors import ConfigError
 from pangu_ms.training.run.state import flatten
 
-MODEL_KEYS = sorted({name for config in ARCHITECTURES.values() for name in config.given_fields()})
 # A resumed run may have these otherwise: they change where things are written and computed, not what.
 FREE_KEYS = ("output_dir", "callbacks", "use_parallel", "parallel", "parallel_config", "runner_config.batch_size",
              "runner_config.gradient_accumulation_steps")
@@ -38,5 +37,7 @@ def complete(fields):
     directory = fields.get("pretrained_model_dir") or fields.get("load_checkpoint")
     known = read_config(directory).to_dict() if directory else {}
     model["model_config"] = known | (model.get("model_config") or {})
-    model["model_config"] |= {"model_type": "openpangu_v2", "architectures": ["OpenPanguV2ForCausalLM"]}
+    member = config_class(model["model_config"])
+    # One name for each member, whatever a file calls it: MindFormers finds the model by it.
+    model["model_config"] |= {"model_type": member.model_type, "architectures": list(member.architectures)}
     return fields

@@ -1,8 +1,9 @@
-"""openPangu-2.0 inside MindFormers: what a YAML file names by `type`, and the run of such a file.
+"""openPangu inside MindFormers: what a YAML file names by `type`, and the run of such a file.
 
-The only file that imports MindFormers. Importing it registers, by their names: the model (model_type openpangu_v2), the
-loader PanguJsonlLoader, the optimizer PanguMuon, the wrapper PanguTrainStep, the callbacks PanguMonitor and
-PanguCheckpoint, and PanguTrainer, MindFormers' trainer with the overrides that its methods explain.
+The only file that imports MindFormers. Importing it registers, by their names: the model (the model_type and
+architectures of each member of the family), the loader PanguJsonlLoader, the optimizer PanguMuon, the wrapper
+PanguTrainStep, the callbacks PanguMonitor and PanguCheckpoint, and PanguTrainer, MindFormers' trainer with the
+overrides that its methods explain.
 MindFormers writes a log directory when it is imported: `pangu_ms.training.run.command` says where, before.
 """
 import copy
@@ -22,7 +23,7 @@ from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore import ops
 
-from pangu_ms.architectures import config_from_dict
+from pangu_ms.architectures import ARCHITECTURES, config_class, config_from_dict
 from pangu_ms.checkpoint.directory import read_config
 from pangu_ms.errors import ConfigError, PanguError
 from pangu_ms.parallel import collectives
@@ -34,7 +35,7 @@ from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run, split_parameters
-from pangu_ms.training.run.fields import MODEL_KEYS, complete, kept_fields
+from pangu_ms.training.run.fields import complete, kept_fields
 from pangu_ms.training.run.ranks import find_ranks
 from pangu_ms.training.run.state import check_fields, read_checkpoint
 from pangu_ms.training.step import TrainStep
@@ -45,22 +46,22 @@ for callback in (PanguMonitor, PanguCheckpoint):
     MindFormerRegister.register_cls(callback, MindFormerModuleType.CALLBACK)
 
 
-@MindFormerRegister.register(MindFormerModuleType.CONFIG, legacy=False, search_names="openpangu_v2")
+@MindFormerRegister.register(MindFormerModuleType.CONFIG, legacy=False,
+                             search_names={member.model_type for member in ARCHITECTURES.values()})
 class PanguModelConfig(PretrainedConfig):
-    """`model.model_config`: the fields of PanguConfig under their names; what MindFormers adds to them is ignored."""
-
-    model_type = "openpangu_v2"
+    """`model.model_config`: the fields of config.json under their names; what MindFormers adds to them is ignored."""
 
     def __init__(self, pangu_training=None, pangu_weights=None, pangu_seed=0, pangu_ranks=None, **fields):
-        super().__init__(architectures=["OpenPanguV2ForCausalLM"])
-        known = {name: fields[name] for name in MODEL_KEYS if name in fields}
+        member = config_class(fields)
+        super().__init__(architectures=list(member.architectures))
+        known = {name: fields[name] for name in member.given_fields() if name in fields}
         self.fields = {name: dict(value) if isinstance(value, dict) else value for name, value in known.items()}
         self.pangu_training, self.pangu_weights, self.pangu_seed = pangu_training or {}, pangu_weights, pangu_seed
         self.pangu_ranks = pangu_ranks
 
 
-@MindFormerRegister.register(MindFormerModuleType.MODELS, legacy=False)
-class OpenPanguV2ForCausalLM(TrainModelMixin, PreTrainedModel, ModelMixin):
+@MindFormerRegister.register(MindFormerModuleType.MODELS, legacy=False, search_names=set(ARCHITECTURES))
+class PanguNetwork(TrainModelMixin, PreTrainedModel, ModelMixin):
     """The objective as MindFormers calls a network in training.
 
     `construct` gives what its own wrappers add up: (lm, mtp, auxiliary, indexer) losses with their weights, float32 [1]
@@ -106,7 +107,7 @@ def load(directory, fields, ranks=None):
     """The model of a checkpoint directory; `ConfigError` when `fields` say otherwise than its config.json."""
     config = read_config(directory)
     for name, value in fields.items():
-        value, found = tuple(value) if isinstance(value, list) else value, getattr(config, name)
+        value, found = tuple(value) if isinstance(value, list) else value, getattr(config, name, None)
         if name not in ANY_VALUE and value != found:
             raise ConfigError(f"model.model_config.{name}: found {value!r}, but {directory} has {found!r}; leave out "
                               "of model_config what the checkpoint says")
@@ -149,7 +150,7 @@ class PanguTrainStep(TrainStep):
 
 def _ours(network):
     """Our network inside MindFormers' cells, one of which orders the columns by name."""
-    while not isinstance(network, OpenPanguV2ForCausalLM):
+    while not isinstance(network, PanguNetwork):
         network = network.network
     return network
 
@@ -308,7 +309,8 @@ def check_keys(fields):
     TrainingSettings.from_dict(fields["pangu_training"])
     directory = fields.get("pretrained_model_dir") or fields.get("load_checkpoint")
     extra = read_config(directory).extra if directory else {}
-    check_section("model.model_config", fields["model"]["model_config"], [*MODEL_KEYS, *extra])
+    model_config = fields["model"]["model_config"]
+    check_section("model.model_config", model_config, [*config_class(model_config).given_fields(), *extra])
     typed = [("train_dataset.data_loader", fields["train_dataset"]["data_loader"]), ("optimizer", fields["optimizer"]),
              ("runner_wrapper", fields["runner_wrapper"])]
     typed += [(f"callbacks.{given.get('type')}", given) for given in fields["callbacks"]]

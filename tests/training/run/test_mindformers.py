@@ -13,8 +13,8 @@ from pangu_ms.errors import PanguError
 from pangu_ms.training.data import loader as loader_module
 from pangu_ms.yaml_file import read_yaml
 
-CONFIGS = Path(__file__).parents[3] / "configs" / "openpangu_v2"
-TOY = read_yaml(str(CONFIGS / "pretrain_toy_cpu.yaml"))
+CONFIGS = Path(__file__).parents[3] / "configs"
+TOY = read_yaml(str(CONFIGS / "openpangu_v2" / "pretrain_toy_cpu.yaml"))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_a_wrong_key_is_named_with_its_neighbour(mindformers, tmp_path, values, 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_mindformers_takes_every_file(mindformers, data, tmp_path, path):
     """Its template refuses what it does not know in runner_config, parallel_config and recompute_config."""
     fields = read_yaml(str(path))
@@ -88,6 +88,17 @@ def test_sizes_come_from_a_checkpoint(mindformers, data):
     kept["hidden_size"] = 64
     with pytest.raises(PanguError, match="model.model_config.hidden_size: found 64, but .*tiny has 48"):
         mindformers.load(str(data / "tiny"), kept)
+
+
+def test_the_architecture_of_a_file_decides_what_its_model_may_have(mindformers, data):
+    fields = read_yaml(str(CONFIGS / "pangu_embedded" / "pretrain_toy_cpu.yaml"))
+    network = mindformers.PanguNetwork(mindformers.PanguModelConfig(**fields["model"]["model_config"]))
+    assert network.objective.causal_lm.plan.tied_head and network.objective.part_names == ("lm",)
+    fields["model"]["model_config"]["kv_lora_rank"] = 16
+    with pytest.raises(PanguError, match="model_config.kv_lora_rank: no such key"):
+        mindformers.check_keys(mindformers.complete(fields))
+    with pytest.raises(PanguError, match="architectures: found .*'Other'.*, wanted one of OpenPanguV2ForCausalLM"):
+        mindformers.complete(changed(model__model_config__architectures=["Other"]))
 
 
 def test_a_run_stands_for_its_newest_checkpoint(mindformers, data, tmp_path):
@@ -156,7 +167,7 @@ def test_four_losses_add_up_to_ours(mindformers, data):
         "num_hidden_layers": 2, "num_nextn_predict_layers": 1, "dsa_layers": [0], "swa_layers": [1, 2],
         "sliding_window_list": [7, 7], "block_post_layernorm_idx": [1]}
     settings = {"balance_loss_coeff": 0.5, "z_loss_coeff": 0.25, "mtp_loss_weight": 0.3}
-    network = mindformers.OpenPanguV2ForCausalLM(mindformers.PanguModelConfig(settings, pangu_seed=3, **fields))
+    network = mindformers.PanguNetwork(mindformers.PanguModelConfig(settings, pangu_seed=3, **fields))
     draw = np.random.default_rng(0)
     ids, labels = (ms.Tensor(draw.integers(0, 199, (2, 12)), ms.int32) for _ in range(2))
     batch = (ids, labels, ms.Tensor(np.ones((2, 12)), ms.float32), ms.Tensor(np.tile(np.arange(12), (2, 1)), ms.int32))
