@@ -5,6 +5,7 @@ from pangu_ms.architectures import config_from_dict, openpangu_v2
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 from pangu_ms.architectures.tensors import computed_tensors, parameters
 from pangu_ms.errors import ConfigError
+from pangu_ms.training.optimizer.groups import decays
 
 RELEASED = {  # section 2 of the family: the 7B
     "architectures": ["PanguEmbeddedForCausalLM"], "model_type": "PanguEmbedded", "vocab_size": 153376,
@@ -61,3 +62,13 @@ def test_what_decides_the_model_has_no_default():
     for name in ("tie_word_embeddings", "rope_theta", "num_key_value_heads"):
         with pytest.raises(ConfigError, match=f"the configuration lacks {name}; add"):
             config_from_dict({key: value for key, value in RELEASED.items() if key != name})
+
+
+def test_muon_takes_projections_alone():
+    """Each projection is one linear map; biases, norms and both tables are left to AdamW, and biases do not decay."""
+    config = PanguEmbeddedConfig.embedded_7b(num_hidden_layers=1)
+    found = parameters(config)
+    matrices = {name.split(".")[-2] for name, p in found.items() if p.is_matrix}
+    assert matrices == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert all(p.row_pattern == (1, (p.rows,)) for p in found.values() if p.is_matrix)
+    assert not any(decays(p) for name, p in found.items() if name.endswith((".bias", "norm.weight")))
