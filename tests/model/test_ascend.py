@@ -10,6 +10,7 @@ import pytest
 from mindspore.nn.utils import no_init_parameters
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 
 CONFIG = PanguConfig.flash_92b(
     compute_dtype="bfloat16", num_hidden_layers=2, num_nextn_predict_layers=1, first_k_dense_replace=1,
@@ -72,3 +73,35 @@ def test_gradients_of_training(on_ascend, inferred_graph, monkeypatch):
             "MoeTokenPermuteGrad", "MoeTokenUnpermuteGrad"} <= found
     assert not any("-1" in shape for shape in shapes)
     assert f"1024, {CONFIG.vocab_size}" in shapes and f"2304, {CONFIG.vocab_size}" not in shapes    # logits, in pieces
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [None, 1])
+def test_steps_of_grouped_queries(on_ascend, inferred_graph, length):
+    """At the widths of Embedded 7B, one layer for all."""
+    from pangu_ms import PanguForCausalLM
+    from pangu_ms.generation.steps import Step
+    with no_init_parameters():
+        network = PanguForCausalLM(PanguEmbeddedConfig.embedded_7b(compute_dtype="bfloat16", num_hidden_layers=1))
+    step = Step(network, 2, length, False, False, CHUNK if length is None else None, 1024)
+    found, shapes = inferred_graph(step, *step.get_inputs())
+    assert {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "FlashAttentionScore"} <= found
+    assert not any("-1" in shape for shape in shapes)
+    assert "2, 1, 153376" in shapes and "2, 1024, 32, 128" not in shapes        # no copies of keys for each query head
+
+
+@pytest.mark.slow
+def test_gradients_of_grouped_queries(on_ascend, inferred_graph):
+    """At the widths of Embedded 1B, whose head is the embedding."""
+    from pangu_ms import PanguForCausalLM
+    from pangu_ms.training.objectives.pretraining import Pretraining
+    from pangu_ms.training.objectives.settings import TrainingSettings
+    from pangu_ms.training.step import Gradients
+    with no_init_parameters():
+        network = PanguForCausalLM(PanguEmbeddedConfig.embedded_1b(compute_dtype="bfloat16", num_hidden_layers=1))
+    forward = Pretraining(network, TrainingSettings())
+    ids, mask = (ms.Tensor(shape=[1, 2048], dtype=dtype) for dtype in (ms.int32, ms.float32))
+    gradients = Gradients(forward, ms.ParameterTuple(forward.trained_parameters()))
+    found, shapes = inferred_graph(gradients, ids, ids, mask, ids)
+    assert {"RmsNormGrad", "RotaryPositionEmbeddingGrad", "SwigluGrad", "FlashAttentionScoreGrad"} <= found
+    assert not any("-1" in shape for shape in shapes)

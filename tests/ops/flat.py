@@ -5,6 +5,7 @@ from pangu_ms.cache import rings
 from pangu_ms.model import cross_entropy as losses
 from pangu_ms.model import elementary, experts, indexer, mtp, norm, residual, rope, router
 from pangu_ms.model import feed_forward as dense
+from pangu_ms.model import grouped_query_attention as gqa
 from pangu_ms.model import hyper_connection as mhc
 from pangu_ms.model import latent_attention as mla
 from pangu_ms.model import linear as projections
@@ -13,6 +14,7 @@ from pangu_ms.model import short_conv as conv
 swiglu, masked_softmax, top_k = elementary.swiglu, elementary.masked_softmax, elementary.top_k
 softmax, sigmoid = elementary.softmax, elementary.sigmoid
 apply_rope, short_conv, mhc_post = rope.apply_rope, conv.short_conv, mhc.mhc_post
+grouped_attention = gqa.grouped_attention
 choose_experts, topk_indices = router.choose_experts, indexer.topk_indices
 
 

@@ -10,7 +10,9 @@ from mindspore import mint, ops
 
 from pangu_ms import device
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
-from pangu_ms.model import cross_entropy, elementary, experts, indexer, latent_attention, rope
+from pangu_ms.model import (
+    cross_entropy, elementary, experts, grouped_query_attention, indexer, latent_attention, rope,
+)
 from pangu_ms.ops.ascend import attention as ascend_attention
 from pangu_ms.ops.ascend import elementary as ascend
 from pangu_ms.ops.ascend import experts as ascend_experts
@@ -89,8 +91,9 @@ def takes_five(a, b, c, d, e):
 # ---------------------------------------------------------------- attention
 
 def flash_attention_score(query, key, value, head_num, attn_mask=None, scalar_value=1.0, input_layout="BSH"):
-    """BSND: all of one width; attn_mask [B, 1, S1, S2], True is discarded."""
+    """BSND: all of one width; attn_mask [B, 1, S1, S2], True is discarded. Fewer heads of keys serve groups."""
     assert input_layout == "BSND" and key.shape == value.shape and query.shape[2:] == (head_num, key.shape[3])
+    key, value = (ops.repeat_interleave(each, head_num // each.shape[2], 2) for each in (key, value))
     assert attn_mask.shape == (query.shape[0], 1, query.shape[1], key.shape[1])
     query, key, value = (ops.transpose(each, (0, 2, 1, 3)) for each in (query, key, value))
     score = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) * scalar_value
@@ -113,6 +116,15 @@ def test_expanded_attention(flash, value, gradient):
                  normal(BATCH, PLACES, LATENT + ROPE), ms.Tensor(visible), normal(HEADS * (NOPE + value), LATENT))
     agree(attends(ascend_attention.expanded_attention), attends(latent_attention.expanded_attention.formula), arguments,
           (SCALE,), gradient)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_grouped_attention(flash, gradient):
+    visible = ANY.integers(0, 2, (BATCH, LENGTH, 1, PLACES)).astype(bool)
+    visible[..., 0] = True
+    keys, values = (normal(BATCH, PLACES, 2, 6) for _ in range(2))
+    agree(ascend_attention.grouped_attention, grouped_query_attention.grouped_attention.formula,
+          (normal(BATCH, LENGTH, 4, 6), keys, values, ms.Tensor(visible)), (SCALE,), gradient)
 
 
 def sparse_flash_attention(query, key, value, sparse_indices, scale_value, actual_seq_lengths_query=None,

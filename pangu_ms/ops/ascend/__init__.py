@@ -6,12 +6,14 @@ operand could be wrong, tests/ops puts what the operator's documentation says in
 formula.
 """
 from pangu_ms.model.cross_entropy import streamed_cross_entropy as cross_entropy
-from pangu_ms.ops.ascend.attention import expanded_attention, gathers_no_rows, sparse_attention, topk_indices
+from pangu_ms.ops.ascend.attention import (
+    expanded_attention, gathers_no_rows, grouped_attention, sparse_attention, topk_indices,
+)
 from pangu_ms.ops.ascend.elementary import apply_rope, rms_norm, sigmoid, softmax, swiglu, top_k
 from pangu_ms.ops.ascend.experts import experts_grouped
 
 __all__ = ["apply_rope", "available", "cross_entropy", "expanded_attention", "experts_grouped", "gathers_no_rows",
-           "rms_norm", "sigmoid", "softmax", "sparse_attention", "swiglu", "top_k", "topk_indices"]
+           "grouped_attention", "rms_norm", "sigmoid", "softmax", "sparse_attention", "swiglu", "top_k", "topk_indices"]
 
 
 def available(dtype):

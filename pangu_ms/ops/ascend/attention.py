@@ -6,7 +6,7 @@ shapes and dtypes alone, when the graph is compiled.
 import mindspore as ms
 from mindspore import ops
 
-from pangu_ms.model import indexer, latent_attention
+from pangu_ms.model import grouped_query_attention, indexer, latent_attention
 from pangu_ms.model.latent_attention import by_head
 from pangu_ms.model.linear import dense_weight, linear
 
@@ -16,6 +16,7 @@ SPARSE_HEADS = (1, 2, 4, 8, 16, 32, 64, 128)            # for one of these numbe
 
 
 _expanded_attention = latent_attention.expanded_attention.formula
+_grouped_attention = grouped_query_attention.grouped_attention.formula
 _sparse_attention = latent_attention.sparse_attention.formula
 _topk_indices = indexer.topk_indices.formula
 
@@ -51,6 +52,16 @@ def expanded_attention(q, sinks, keys, visible, kv_b, scale):
     out = ops.flash_attention_score(q, key, values, heads, attn_mask=hidden, scalar_value=scale,
                                     input_layout="BSND")
     return ops.reshape(out[..., :value], (batch, -1, heads * value))
+
+
+def grouped_attention(q, keys, values, visible, scale):
+    """By flash_attention_score, which takes fewer heads of keys than of queries; the mask is given whole."""
+    batch, _, heads, width = q.shape
+    if not _flash_takes(width, width, q.dtype):
+        return _grouped_attention(q, keys, values, visible, scale)
+    hidden = ops.logical_not(ops.transpose(visible, (0, 2, 1, 3)))          # [B, 1, T, S], True: not seen
+    out = ops.flash_attention_score(q, keys, values, heads, attn_mask=hidden, scalar_value=scale, input_layout="BSND")
+    return ops.reshape(out, (batch, -1, heads * width))
 
 
 def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
