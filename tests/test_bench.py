@@ -18,6 +18,7 @@ from bench_floors import decode_bytes, prefill_flop, step_bytes
 from bench_generate import beside, draft_report, lengths
 from bench_kernels import count_kernels
 from bench_machine import memory_bandwidth
+from pangu_ms.architectures import read_config
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.yaml_file import read_yaml
 
@@ -93,6 +94,14 @@ def test_a_full_layer_sees_every_row(data):
     layers = config.parameter_count()["active"]["layers"]
     seen = 13 + 6 + 11 + 4 + 2 * 8 + 6 * 5
     assert added == 2 * layers + 2 * 3 * (24 + 12) * seen + 2 * 13 * 2 * 6 * 21
+
+
+def test_grouped_queries_meet_each_key_once_for_each_head(data):
+    """embedded_tied: 4 layers of 6 query heads of 6; the head is the embedding."""
+    config = read_config(data / "embedded_tied")
+    layers, head = config.parameter_count()["active"]["layers"], 205 * 36
+    assert decode_bytes(config) == 4 * (layers + head)
+    assert prefill_flop(config, 3) == 2 * (3 * layers + head) + 4 * (1 + 2 + 3) * 2 * 6 * (6 + 6)
 
 
 def test_flash_reads_its_published_active_parameters():

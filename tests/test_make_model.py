@@ -27,7 +27,7 @@ def tensors(directory):
 def test_presets_are_sound(preset):
     plan = make_config(preset, []).plan
     assert (len(plan.trunk), len(plan.mtp_layers)) == {"tiny": (4, 3), "toy": (6, 3), "small": (8, 0),
-                                                       "deep": (46, 3)}[preset]
+                                                       "deep": (46, 3), "embedded_1b": (26, 0)}[preset]
 
 
 def test_the_small_model_has_its_name():

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pangu_ms.architectures import config_from_dict
 from pangu_ms.architectures.fields import CONFIG_FILE, Config
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 from pangu_ms.architectures.tensors import ALPHA, EMBEDDING, FLOAT32, ONE, POST_NORM, STREAM_GATES, ZERO
 from pangu_ms.checkpoint.dtypes import CODES, from_float32
 from pangu_ms.checkpoint.layout import LayoutTensor, released
@@ -36,6 +37,7 @@ presets:
   toy    the toy's sizes (examples/toy)
   small  197 million parameters, the model of the README's measurements: 8 layers, 64 experts, contexts to 65,536
   deep   the pattern of openPangu-2.0-Flash's 46 + 3 layers at tiny's widths
+  embedded_1b   openPangu Embedded 1B, whole
 
 A value is JSON, or a text as it stands. The number format is the config's: --set dtype=bfloat16.
 """
@@ -52,9 +54,10 @@ SMALL = {
 FLASH_PATTERN = ("num_hidden_layers", "num_nextn_predict_layers", "dsa_layers", "swa_layers", "first_k_dense_replace",
                  "block_post_layernorm_idx")
 DEEP = {name: getattr(PanguConfig.flash_92b(), name) for name in FLASH_PATTERN} | {"sliding_window_list": None}
+EMBEDDED_1B = PanguEmbeddedConfig.embedded_1b(dtype="float32").to_dict()
 PRESETS = {  # the config to start from, and what is different
     "tiny": ("tests/data/tiny", {}), "toy": ("examples/toy", {}), "small": ("tests/data/tiny", SMALL),
-    "deep": ("tests/data/tiny", DEEP),
+    "deep": ("tests/data/tiny", DEEP), "embedded_1b": ("tests/data/embedded_tied", EMBEDDED_1B),
 }
 
 

@@ -102,6 +102,14 @@ class GroupedQueryAttention:
     indexer: ClassVar[None] = None
 
     @property
+    def qk_head_dim(self) -> int:
+        return self.head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.head_dim
+
+    @property
     def cache_tensors(self) -> dict[str, CacheTensor]:
         return dict.fromkeys(("keys", "values"), CacheTensor(self.num_kv_heads * self.head_dim, None, by_head=True))
 
