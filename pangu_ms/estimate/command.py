@@ -109,7 +109,7 @@ def estimate(case: Case, hardware: Device) -> dict:
 
 def estimate_text(found: dict) -> str:
     work, fleet = found["work"], found["smallest_fleet"]
-    lines = [f"{found['parameters'] / 1e9:.3f} B parameters with MTP, {work['phase']}, {work['batch']} x "
+    lines = [f"{found['parameters'] / 1e9:.3f} B parameters, MTP layers included, {work['phase']}, {work['batch']} x "
              f"{work['length']} tokens, {work['dtype']}, {'fused' if work['fused'] else 'plain'} operators",
              f"{found['devices']} x {found['device']['name']}: {found['layout']}", "", "memory of one device, GiB"]
     for component, parts in found["memory"].items():

@@ -42,6 +42,21 @@ def test_logits_of_every_length(model, golden, fixed, name, chunk, drafts):
             engine.cache.length = engine.cache.length + 1 + drafts
 
 
+@pytest.mark.slow
+def test_logits_of_grouped_queries(model, golden, fixed):
+    """Two sequences, prefills that end inside a chunk, in a cache that has room for all there will be."""
+    wanted = golden("embedded", "T40_B2")
+    ids, logits = wanted["ids"], wanted["logits"]
+    fixed()
+    engine, end = Engine(model("embedded"), batch=2, capacity=8, expected=40), 0
+    for piece in (CHUNK - 1, 2 * CHUNK + 1, CHUNK):
+        found = engine.prefill(ids[:, end:end + piece], CHUNK)
+        end += piece
+        close(found, logits[:, end - 1], logits)
+    for position in range(end, 40):
+        close(engine.decode(ids[:, position:position + 1]), logits[:, position], logits)
+
+
 def close(found, wanted, all_of_them):
     assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(all_of_them).max()
 

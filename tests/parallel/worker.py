@@ -39,7 +39,8 @@ def grouped(directory, ranks):
     by parameter of one step, where the head is the embedding."""
     model = PanguForCausalLM.from_pretrained(Path(directory) / "grouped", ranks=ranks)
     ids, engine = token_ids(model.config), Engine(model, batch=BATCH)
-    found = {"prompt_logits": engine.prefill(ids[:, :PROMPT]), "decode_logits": engine.decode(ids[:, PROMPT:PROMPT + 1])}
+    found = {"prompt_logits": engine.prefill(ids[:, :PROMPT])}
+    found["decode_logits"] = engine.decode(ids[:, PROMPT:PROMPT + 1])
     objective = Pretraining(model, TrainingSettings())
     step = TrainStep(objective, PanguMuon(objective.trained_parameters(), model.config, 0.003, ranks=ranks or Ranks()))
     batch = [ids, np.roll(ids, -1, 1), np.ones(ids.shape, np.float32), np.tile(np.arange(LENGTH, dtype=np.int32),
