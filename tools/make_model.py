@@ -35,7 +35,7 @@ EXAMPLE = """examples:
 presets:
   tiny   every path of the model, as small as they come (tests/data/tiny)
   toy    the toy's sizes (examples/toy)
-  small  197 million parameters, the model of the README's measurements: 8 layers, 64 experts, contexts to 65,536
+  small  197 million parameters, the model of docs/measured.md: 8 layers, 64 experts, contexts to 65,536
   deep   the pattern of openPangu-2.0-Flash's 46 + 3 layers at tiny's widths
   embedded_1b   openPangu Embedded 1B, whole
 
