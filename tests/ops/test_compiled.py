@@ -26,7 +26,7 @@ TOLERANCE = 1e-6  # of the largest value
 GRADIENT_TOLERANCE = 1e-5  # the same formula, but what adds up to nearly zero is summed in another order
 CONSTANTS = {"cos", "sin", "scale", "mask"}  # of a model: the compiled forms have no gradient for them
 SIGNATURES = {name: getattr(flat, name).formula for name in ("swiglu", "masked_softmax", "apply_rope", "short_conv",
-                                                             "mhc_post", "choose_experts")}
+                                                             "mhc_post", "choose_experts", "grouped_attention")}
 ANY = np.random.default_rng(0)
 
 
@@ -58,6 +58,11 @@ def attention(batch, length, keys, per_query=False, heads=3, nope=6, rope=4, val
     seen = mask(batch, length, 1, sinks + keys) if per_query else causal(batch, length, sinks, keys, window)
     return (normal(batch, length, heads, nope + rope), normal(sinks, latent + rope), normal(*rows, latent + rope), seen,
             normal(heads * (nope + value), latent), 0.3)
+
+
+def grouped(batch, length, keys, heads=6, groups=2, width=8):
+    rows = (batch, keys, groups, width)
+    return normal(batch, length, heads, width), normal(*rows), normal(*rows), causal(batch, length, 0, keys, 99), 0.35
 
 
 def streams(batch, length, n, hidden, gates):
@@ -125,6 +130,8 @@ CASES = [
       for a in [((1, 1), 33, 7, 1), ((2, 75), 16, 100), ((3, 40), 8, 70000), ((2, 3), 16, 9, 0)]],
     *[("masked_softmax", lambda s=s, v=v: (normal(*s) * 30, mask(*v), 0.7))
       for s, v in [((2, 3, 5, 19), (2, 1, 5, 19)), ((1, 1, 4, 300), (1, 1, 1, 300)), ((2, 1, 3, 8), (1, 1, 1, 8))]],
+    *[("grouped_attention", lambda a=a: grouped(*a))                            # few queries, and more of them
+      for a in [(1, 1, 1), (2, 1, 40), (2, 5, 30, 4, 4), (1, 8, 8, 6, 1), (2, 9, 30)]],
     *[("absorbed_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
         ((1, 1, 40), {}), ((2, 1, 7), {}), ((2, 5, 30), {}), ((2, 5, 12), {"per_query": True}),
         ((1, 3, 20), {"heads": 19, "latent": 32})]],
@@ -156,13 +163,14 @@ def test_equals_the_formula(name, make):
 @pytest.mark.parametrize("name, make", [("linear", lambda t: (normal(1, t, 33), normal(17, 33))),
                                         ("mhc_pre", lambda t: read(1, t, 4, 9)),
                                         ("experts_grouped", lambda t: experts((1, t), 16, 8, 5, 2)),
-                                        ("expanded_attention", lambda t: attention(1, t, t))])
+                                        ("expanded_attention", lambda t: attention(1, t, t)),
+                                        ("grouped_attention", lambda t: grouped(1, t, t))])
 def test_one_compilation_serves_every_length(name, make):
     formula = compiled(name)
     cell = Call(formula)
     open_lengths = [ms.Tensor(shape=[None if a == 50 else a for a in argument.shape], dtype=argument.dtype)
                     if isinstance(argument, ms.Tensor) else argument for argument in make(50)]
-    if name == "expanded_attention":
+    if name.endswith("attention"):
         open_lengths[3] = ms.Tensor(shape=[1, None, 1, None], dtype=ms.bool_)
     cell.set_inputs(*open_lengths)
     for length in (50, 1, 7, 130):

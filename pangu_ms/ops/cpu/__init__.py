@@ -5,17 +5,17 @@ from pangu_ms.ops.cpu.decoding import (
 )
 from pangu_ms.ops.cpu.formulas import (
     absorbed_attention, apply_rope, choose_experts, cross_entropy, expanded_attention, experts_gathered,
-    experts_grouped, feed_forward, latent_rows, linear, masked_softmax, mhc_merge, mhc_post, mhc_pre, ring_update,
-    rms_norm, rotary_angles, short_conv, swiglu,
+    experts_grouped, feed_forward, grouped_attention, latent_rows, linear, masked_softmax, mhc_merge, mhc_post,
+    mhc_pre, ring_update, rms_norm, rotary_angles, short_conv, swiglu,
 )
 from pangu_ms.ops.cpu.library import available
 
 __all__ = [
     "absorbed_attention", "append_index_rows", "apply_rope", "attention_output", "available", "choose_experts",
     "cross_entropy", "expanded_attention", "experts_gathered", "experts_grouped", "feed_forward", "gathers_no_rows",
-    "latent_keys", "latent_query", "latent_rows", "linear", "masked_softmax", "mhc_merge", "mhc_post", "mhc_pre",
-    "moe", "mtp_input", "residual_post", "residual_post_pre", "residual_pre", "ring_update", "rms_norm",
-    "rotary_angles", "select_rows", "short_conv", "swiglu",
+    "grouped_attention", "latent_keys", "latent_query", "latent_rows", "linear", "masked_softmax", "mhc_merge",
+    "mhc_post", "mhc_pre", "moe", "mtp_input", "residual_post", "residual_post_pre", "residual_pre", "ring_update",
+    "rms_norm", "rotary_angles", "select_rows", "short_conv", "swiglu",
 ]
 
 
