@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from bench_floors import decode_bytes, prefill_flop, step_bytes
-from bench_kernels import decode_kernels
-from bench_machine import memory_bandwidth, product_rate, say, timed, use_cores
+from bench_kernels import decode_kernels, form_start, timed_step
+from bench_machine import memory_bandwidth, product_rate, say, use_cores
 from pangu_ms.architectures import read_config
 from pangu_ms.cache.sizes import cache_bytes
 from pangu_ms.errors import PanguError
@@ -127,18 +127,6 @@ def compile_seconds(model, forms: tuple[str, ...], rows: int) -> dict[str, float
             first, *later = (timed_step(engine, step, start, width) for _ in range(3))
             found[f"{name}_{form}"] = first - min(later)
     return found
-
-
-def form_start(form: str, plan) -> int:
-    """A length of the cache from which a step has that form: attention selects once there is more than the topk."""
-    return plan.indexer.topk if form == "sparse" else 0
-
-
-def timed_step(engine, step, start: int, width: int = 1) -> float:
-    """Seconds of one step of `width` tokens behind a context of `start`."""
-    engine.cache.reserve(start + width)
-    engine.cache.length[:] = start
-    return timed(lambda: step(np.zeros((1, width), np.int32)))
 
 
 def generation_rounds(model, prompt: list[int], arguments: argparse.Namespace) -> tuple[list, list]:

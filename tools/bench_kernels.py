@@ -11,6 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
+from bench_machine import timed
 from pangu_ms.errors import PanguError
 
 NODE = re.compile(r"^  %(\d+)\(.+?\) = (?:PrimFunc_)?(\w+)(.*)", re.MULTILINE)  # number, name, inputs
@@ -74,7 +77,6 @@ def compile_decode(directory: str, graphs: str, *forms: str) -> None:
     """Saves the graph of each form in a folder of its name."""
     import mindspore as ms
 
-    from bench_generate import form_start, timed_step
     from pangu_ms import PanguForCausalLM
     from pangu_ms.generation.engine import Engine
 
@@ -84,6 +86,18 @@ def compile_decode(directory: str, graphs: str, *forms: str) -> None:
         ms.set_context(save_graphs=1, save_graphs_path=os.path.join(graphs, form))
         timed_step(engine, engine.decode, form_start(form, model.plan))
         ms.set_context(save_graphs=0)
+
+
+def form_start(form: str, plan) -> int:
+    """A length of the cache from which a step has that form: attention selects once there is more than the topk."""
+    return plan.indexer.topk if form == "sparse" else 0
+
+
+def timed_step(engine, step, start: int, width: int = 1) -> float:
+    """Seconds of one step of `width` tokens behind a context of `start`."""
+    engine.cache.reserve(start + width)
+    engine.cache.length[:] = start
+    return timed(lambda: step(np.zeros((1, width), np.int32)))
 
 
 if __name__ == "__main__":

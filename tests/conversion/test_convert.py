@@ -1,37 +1,23 @@
 import dataclasses
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
-from collections import namedtuple
 
 import numpy as np
 import pytest
 
-from pangu_ms.architectures import config_from_dict
-from pangu_ms.architectures.tensors import computed_tensors, parameters
+from pangu_ms.architectures.tensors import parameters
 from pangu_ms.checkpoint.directory import read_config
 from pangu_ms.checkpoint.dtypes import CARRIERS
 from pangu_ms.checkpoint.load import read_parameters
 from pangu_ms.checkpoint.source import open_source
-from pangu_ms.conversion.command import main
 from pangu_ms.conversion.plan import Options, plan_conversion
 from tests.checkpoint import generate
+from tests.conversion.commands import convert, refused
 
 GOLDEN = ("tiny", "tiny_full", "odd", "eps")
-
-
-def convert(command, source, target, *options):
-    assert main([command, str(source), str(target), *map(str, options)]) == 0
-    return generate.read(target) if any(target.glob("*.safetensors")) else None
-
-
-def refused(capsys, command, source, target, *options):
-    capsys.readouterr()
-    assert main([command, str(source), str(target), *map(str, options)]) == 2
-    return capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -63,48 +49,6 @@ def test_golden_checkpoints_come_back_bit_by_bit(data, tmp_path, name):
     assert config == read_config(data / name)
     for (left, a), (right, b) in zip(read_parameters(data / name, config), read_parameters(tmp_path / "ms", config)):
         assert left == right and np.array_equal(a, b)
-
-
-@pytest.mark.parametrize("name", ["embedded", "embedded_tied"])
-def test_embedded_comes_back_bit_by_bit_but_for_what_follows_from_the_config(data, tmp_path, capsys, name):
-    """Of three shards; a table of frequencies for each layer, which the 7B stores, is read by nobody."""
-    found = generate.read(data / name)
-    computed = computed_tensors(read_config(data / name)) & found.keys()
-    assert len(computed) == (3 if name == "embedded" else 0)
-    convert("hf2ms", data / name, tmp_path / "ms", "--verify", "--shard-size", "100KB")
-    assert f"{len(found) - len(computed)} used" in capsys.readouterr().out
-    assert len(list((tmp_path / "ms").glob("*.safetensors"))) > 2
-    back = convert("ms2hf", tmp_path / "ms", tmp_path / "hf", "--verify")
-    assert back == {key: value for key, value in found.items() if key not in computed}
-    config, other = read_config(data / name), read_config(tmp_path / "hf")
-    assert config == other and config.to_dict() == json.loads((tmp_path / "hf" / "config.json").read_text())
-    for (left, a), (right, b) in zip(read_parameters(data / name, config), read_parameters(tmp_path / "ms", config)):
-        assert left == right and np.array_equal(a, b)
-
-
-def test_slices_of_embedded_hold_whole_heads_and_join(data, tmp_path, capsys):
-    fields = json.loads((data / "embedded" / "config.json").read_text()) | {"vocab_size": 212}
-    config = config_from_dict(fields)
-    source = generate.write(tmp_path / "source", config, generate.tensors(config), 2)
-    whole = generate.read(source)
-    convert("hf2ms", source, tmp_path / "ranks", "--tensor-parallel", 2, "--verify")
-    rank = generate.read(tmp_path / "ranks" / "rank_1")
-    for name, part in {"q_proj.weight": np.s_[24:], "k_proj.weight": np.s_[8:], "v_proj.bias": np.s_[8:],
-                       "q_proj.bias": np.s_[24:], "o_proj.weight": np.s_[:, 24:], "o_proj.bias": np.s_[:]}.items():
-        (_, shape, raw), (_, _, own) = (each["model.layers.1.self_attn." + name] for each in (whole, rank))
-        assert np.frombuffer(raw, np.uint16).reshape(shape)[part].tobytes() == own
-    assert convert("ms2hf", tmp_path / "ranks", tmp_path / "hf") == whole
-    assert "tensor parallel 4 does not divide 6 heads" in refused(
-        capsys, "hf2ms", source, tmp_path / "four", "--tensor-parallel", 4)
-
-
-def test_layers_of_embedded_are_cut(data, tmp_path, capsys):
-    source = generate.read(data / "embedded_tied")
-    cut = convert("hf2ms", data / "embedded_tied", tmp_path / "ms", "--layers", "2-3")
-    assert len(cut) == 2 * 13 + 2 and len(read_config(tmp_path / "ms").plan.layers) == 2
-    assert cut["model.layers.1.self_attn.o_proj.bias"] == source["model.layers.3.self_attn.o_proj.bias"]
-    assert "--layers 3-4: wanted a range within 0-3" in refused(
-        capsys, "hf2ms", data / "embedded_tied", tmp_path / "none", "--layers", "3-4")
 
 
 def test_bfloat16_in_shards_comes_back_bit_by_bit(sliceable, tmp_path, monkeypatch):
@@ -348,108 +292,6 @@ def test_documents_go_along(data, tmp_path, capsys):
                      "model.safetensors.index.json", "pangu_manifest.json"}
     assert "pytorch_model.bin, secret.json" in capsys.readouterr().out
     assert (tmp_path / "ms" / "tokenizer.json").read_text() == "tokenizer.json"
-
-
-# ---- strict and safe
-
-def test_everything_is_checked_before_the_first_byte(data, tmp_path, capsys):
-    config = generate.config(data)
-    found = generate.tensors(config)
-    del found["model.norm.weight"]
-    found["stray"] = np.zeros(1, np.float32)
-    generate.write(tmp_path / "hf", config, found)
-    text = refused(capsys, "hf2ms", tmp_path / "hf", tmp_path / "ms")
-    assert "model.norm.weight" in text and "stray" in text
-    assert sorted(os.listdir(tmp_path)) == ["hf"]
-
-
-def test_a_copy_that_differs_is_refused(data, tmp_path, capsys):
-    config = generate.config(data)
-    found = generate.tensors(config)
-    found["model.layers.4.embed_tokens.weight"] = found["model.layers.4.embed_tokens.weight"] ^ 1
-    generate.write(tmp_path / "hf", config, found)
-    assert "model.layers.4.embed_tokens.weight differs" in refused(capsys, "hf2ms", tmp_path / "hf", tmp_path / "ms")
-    assert sorted(os.listdir(tmp_path)) == ["hf"]
-
-
-def test_foreign_output_directories_are_refused(data, tmp_path, capsys):
-    target = tmp_path / "ms"
-    target.mkdir()
-    (target / "thesis.txt").write_text("years of work")
-    assert "is not empty and was not written by pangu-convert" in refused(capsys, "hf2ms", data / "tiny", target)
-    assert "holds 'thesis.txt'" in refused(capsys, "hf2ms", data / "tiny", target, "--expert-parallel", 2)
-    partial = tmp_path / "other.partial"
-    target.rename(partial)
-    assert "holds 'thesis.txt'" in refused(capsys, "hf2ms", data / "tiny", tmp_path / "other")
-    assert (partial / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "file").write_text("")
-    assert "is not a directory" in refused(capsys, "hf2ms", data / "tiny", tmp_path / "file")
-    assert "is not empty" in refused(capsys, "hf2ms", data / "tiny", data / "tiny")
-
-
-def test_another_conversion_is_not_overwritten(data, tmp_path, capsys):
-    convert("hf2ms", data / "tiny", tmp_path / "ms")
-    assert "another conversion" in refused(capsys, "hf2ms", data / "tiny", tmp_path / "ms", "--dtype", "bfloat16")
-    assert "another conversion" in refused(capsys, "hf2ms", data / "odd", tmp_path / "ms")
-    convert("hf2ms", data / "tiny", tmp_path / "ms")
-    assert "was complete already" in capsys.readouterr().out
-    with open(tmp_path / "ms" / "model.safetensors", "ab") as file:
-        file.write(b"x")
-    assert "was changed after the conversion" in refused(capsys, "hf2ms", data / "tiny", tmp_path / "ms")
-
-
-def test_an_empty_output_directory_is_used(data, tmp_path):
-    (tmp_path / "ms").mkdir()
-    assert convert("hf2ms", data / "tiny", tmp_path / "ms")
-
-
-def test_ms2hf_of_a_hugging_face_directory_is_refused(data, tmp_path, capsys):
-    assert "already has the Hugging Face layout" in refused(capsys, "ms2hf", data / "tiny", tmp_path / "x")
-
-
-def test_free_space_is_checked_first(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(1_000_000))
-    text = refused(capsys, "hf2ms", data / "tiny", tmp_path / "ms")
-    assert "1,310,308 bytes are still to be written, the disk has 1,000,000 free; make room" in text
-    assert not (tmp_path / "ms.partial").exists()
-    text = refused(capsys, "hf2ms", data / "tiny", tmp_path / "new" / "ranks", "--expert-parallel", 4)
-    assert "bytes are still to be written" in text  # all four ranks together, though one would fit
-    assert not list((tmp_path / "new" / "ranks").iterdir())
-
-
-def test_verify_finds_a_flipped_bit(data, tmp_path, capsys):
-    convert("hf2ms", data / "tiny", tmp_path / "ms")
-    path = tmp_path / "ms" / "model.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-100] ^= 4
-    path.write_bytes(raw)
-    text = refused(capsys, "hf2ms", data / "tiny", tmp_path / "ms", "--verify")
-    assert "differs from the source near its byte" in text
-
-
-@pytest.mark.parametrize("options", [
-    ["--shard-size", "0"], ["--shard-size", "x"], ["--shard-size", "9" * 400 + "GB"], ["--rank", "x"],
-    ["--layers", "a-b"], ["--dtype", "int8"], ["--tensor-parallel", "0"], ["--expert-parallel", "1025"],
-    ["--mtp", "maybe"]])
-def test_wrong_options_leave_with_code_2(data, tmp_path, options):
-    with pytest.raises(SystemExit) as left:
-        main(["hf2ms", str(data / "tiny"), str(tmp_path / "ms"), *options])
-    assert left.value.code == 2
-
-
-@pytest.mark.parametrize("script, command", [("convert_hf_to_ms.py", "hf2ms"), ("convert_ms_to_hf.py", "ms2hf")])
-def test_tools_with_mindformers_flags(data, tmp_path, capsys, monkeypatch, script, command):
-    source = data / "tiny"
-    if command == "ms2hf":
-        convert("hf2ms", source, tmp_path / "ms")
-        source = tmp_path / "ms"
-    path = data.parent.parent / "tools" / script
-    monkeypatch.setattr(sys, "argv", [str(path), "--input_path", str(source), "--output_path", str(tmp_path / "out"),
-                                      "--dtype", "fp32", "--verify"])
-    with pytest.raises(SystemExit) as left:
-        runpy.run_path(str(path), run_name="__main__")
-    assert left.value.code == 0
-    assert "verified" in capsys.readouterr().out and (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
