@@ -147,7 +147,7 @@ def type_problem(field: dataclasses.Field, value: Any) -> str | None:
                 return None
         elif type(value) is one:
             return None
-    text = (wanted.__name__ if isinstance(wanted, type) else str(wanted)).replace(", ...", "")
+    text = (str(wanted) if typing.get_args(wanted) else wanted.__name__).replace(", ...", "")
     return f"{field.name}: found {shown(value)}, wanted {text.replace('tuple', 'list').replace('None', 'null')}"
 
 
