@@ -25,7 +25,8 @@ class Decoder(nn.Cell):
         self.norm = RMSNorm(plan.hidden_size, plan)
 
     def construct(self, ids, step, cache):
-        """ids int32 [B, T] -> hidden [B, T, H] before the final norm, (stream, pieces) of each trunk layer.
+        """ids int32 [B, T] -> hidden [B, T, H] before the final norm; without a cache (stream, pieces) of each trunk
+        layer.
 
         cache: None, or for each layer its tensors by name.
         """
@@ -35,7 +36,8 @@ class Decoder(nn.Cell):
         layers = ()
         for i in range(self.depth):
             stream, pieces = self.layers[i](stream, step, None if cache is None else cache[i])
-            layers = layers + ((stream, pieces),)
+            if cache is None:                                                   # what nobody reads takes long to compile
+                layers = layers + ((stream, pieces),)
         return self.merge_mhc_module(stream) if self.streams else stream, layers
 
 
