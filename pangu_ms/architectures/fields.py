@@ -8,6 +8,7 @@ import typing
 from collections.abc import Collection
 from typing import Any
 
+from pangu_ms.architectures.tensors import count_parameters
 from pangu_ms.errors import ConfigError
 
 CONFIG_FILE = "config.json"
@@ -55,6 +56,17 @@ class Config:
     def problems(self) -> list[str]:
         """What contradicts itself or is not implemented, a line each; all types are right."""
         raise NotImplementedError
+
+    def resolve_rope(self, default: float) -> list[str]:
+        """`rope_theta`, where it is not given, as its dictionaries give it, else `default` -> `rope_problems`."""
+        problems = rope_problems(vars(self))
+        if self.rope_theta is None:
+            object.__setattr__(self, "rope_theta", (rope_thetas(vars(self)) or [default])[0])
+        return problems
+
+    def parameter_count(self) -> dict:
+        """Numbers of parameters by component, totals and active; see `count_parameters`."""
+        return count_parameters(self)
 
     @classmethod
     def given_fields(cls) -> dict[str, dataclasses.Field]:

@@ -5,11 +5,11 @@ import typing
 from dataclasses import dataclass, field
 
 from pangu_ms.architectures.fields import (
-    COMPUTE_DTYPES, Config, choice_problems, implied_defaults, listed, rope_problems, rope_thetas, size_problems,
+    COMPUTE_DTYPES, Config, choice_problems, implied_defaults, listed, size_problems,
 )
 from pangu_ms.architectures.tensors import (
     ALPHA, COLUMNS, EMBEDDING, EXPERT, FLOAT32, HEAD_COLUMNS, HEAD_ROWS, INT8, NORMAL, ONE, OUTPUT, POST_NORM,
-    ROUTED, ROUTED_OUTPUT, ROWS, STREAM_GATES, WHOLE, ZERO, Table, count_parameters,
+    ROUTED, ROUTED_OUTPUT, ROWS, STREAM_GATES, WHOLE, ZERO, Table,
 )
 from pangu_ms.errors import ConfigError
 from pangu_ms.model.plan import MTP_HIDDEN, FeedForward, HyperConnection, Indexer, LatentAttention, Layer, MoE, Plan
@@ -204,10 +204,7 @@ class PanguConfig(Config):
         return ([] if windows else ["sliding_window"]) + super().missing(fields)
 
     def problems(self):
-        problems = rope_problems(vars(self))
-        if self.rope_theta is None:
-            object.__setattr__(self, "rope_theta", (rope_thetas(vars(self)) or [6.4e6])[0])
-        return problems + choice_problems(self, CHOICES) + size_problems(
+        return self.resolve_rope(6.4e6) + choice_problems(self, CHOICES) + size_problems(
             self, MAY_BE_ZERO, LARGEST, ("attention_dropout", "rope_theta")) + _order_problems(self) \
             + _layer_problems(self)
 
@@ -283,10 +280,6 @@ class PanguConfig(Config):
         return {"heads*qk": (self.num_attention_heads, (self.qk_nope_head_dim, self.qk_rope_head_dim)),
                 "kv_rank+rope": (1, (self.kv_lora_rank, self.qk_rope_head_dim)),
                 "heads*kv": (self.num_attention_heads, (self.qk_nope_head_dim, self.v_head_dim))}
-
-    def parameter_count(self) -> dict:
-        """Numbers of parameters by component, totals and active; see `count_parameters`."""
-        return count_parameters(self)
 
     def cut(self, first: int, last: int, mtp: bool) -> "PanguConfig":
         """Of trunk layers `first` to `last` alone, renumbered from 0, with or without the MTP layers."""

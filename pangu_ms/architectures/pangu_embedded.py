@@ -9,11 +9,10 @@ import typing
 from dataclasses import dataclass, field
 
 from pangu_ms.architectures.fields import (
-    COMPUTE_DTYPES, Config, choice_problems, implied_defaults, rope_problems, rope_thetas, size_problems,
+    COMPUTE_DTYPES, Config, choice_problems, implied_defaults, size_problems,
 )
 from pangu_ms.architectures.tensors import (
     COLUMNS, EMBEDDING, HEAD_COLUMNS, HEAD_ROWS, KV_HEAD_ROWS, NORMAL, ONE, OUTPUT, ROWS, WHOLE, ZERO, Table,
-    count_parameters,
 )
 from pangu_ms.errors import ConfigError
 from pangu_ms.model.plan import FeedForward, GroupedQueryAttention, Layer, Plan
@@ -110,10 +109,7 @@ class PanguEmbeddedConfig(Config):
         return super().from_dict(fields)
 
     def problems(self):
-        problems = rope_problems(vars(self))
-        if self.rope_theta is None:
-            object.__setattr__(self, "rope_theta", (rope_thetas(vars(self)) or [16e6])[0])
-        problems += choice_problems(self, CHOICES) + size_problems(
+        problems = self.resolve_rope(16e6) + choice_problems(self, CHOICES) + size_problems(
             self, MAY_BE_ZERO, LARGEST, ("attention_dropout", "rope_theta"))
         return problems or self._head_problems()
 
@@ -161,10 +157,6 @@ class PanguEmbeddedConfig(Config):
     def row_patterns(self) -> dict[str, tuple[int, tuple[int, ...]]]:
         """Every projection is one linear map."""
         return {}
-
-    def parameter_count(self) -> dict:
-        """Numbers of parameters by component, totals and active; see `count_parameters`."""
-        return count_parameters(self)
 
     def cut(self, first: int, last: int, mtp: bool) -> "PanguEmbeddedConfig":
         """Of layers `first` to `last` alone, renumbered from 0; there are no MTP layers."""

@@ -2,10 +2,9 @@
 
 A matrix is a dictionary of parameters: {"weight": [O, I]}, or stacked [E, O, I] for experts. Another kind of matrix
 (int8 with a scale for each row, a frozen matrix with a low-rank pair beside it, or {"matrix", "bias"}: any matrix with
-a bias for what it gives) has other keys and no "weight":
-`linear` and `dense_weight` understand it, and an operator that takes a weight refuses it when the graph is compiled. No
-cell reads the weight of another past its handle. Handles of larger parts are dictionaries of these, put together when a
-cell is made: in a graph they cost nothing.
+a bias for what it gives) has other keys and no "weight": `linear` and `dense_weight` understand it, and an operator
+that takes a weight refuses it when the graph is compiled. No cell reads the weight of another past its handle. Handles
+of larger parts are dictionaries of these, put together when a cell is made: in a graph they cost nothing.
 """
 import mindspore as ms
 from mindspore import nn, ops
@@ -43,7 +42,7 @@ def parameter(shape, plan, dtype=None, init=None):
 
 
 class Linear(nn.Cell):
-    """x [..., I] -> [..., O] by `weight` [O, I], the orientation of the checkpoint, and where wanted `bias` [O]."""
+    """Holds `weight` [O, I], the orientation of the checkpoint, and where wanted `bias` [O]; formulas take `matrix`."""
 
     def __init__(self, in_features, out_features, plan, dtype=None, bias=False):
         super().__init__()
@@ -52,9 +51,6 @@ class Linear(nn.Cell):
         if bias:
             self.bias = parameter((out_features,), plan, dtype, "zeros")
             self.matrix = {"matrix": self.matrix, "bias": self.bias}
-
-    def construct(self, x):
-        return linear(x, self.matrix)
 
 
 class Embedding(nn.Cell):

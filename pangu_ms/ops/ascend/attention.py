@@ -32,7 +32,7 @@ def gathers_no_rows(plan):
 def expanded_attention(q, sinks, keys, visible, kv_b, scale):
     """By flash_attention_score, whose heads have one width: values are made as wide as keys with zeros.
 
-    The sinks are keys like any other. The mask is given whole, so windows and documents save no work here.
+    The sinks are keys like any other.
     """
     batch, _, heads, width = q.shape
     up = dense_weight(kv_b)
@@ -48,20 +48,23 @@ def expanded_attention(q, sinks, keys, visible, kv_b, scale):
     values = kv[..., nope:]
     if value < width:
         values = ops.cat((values, ops.zeros(values.shape[:3] + (width - value,), values.dtype)), -1)
-    hidden = ops.logical_not(ops.transpose(visible, (0, 2, 1, 3)))          # [B, 1, T, S0 + S], True: not seen
-    out = ops.flash_attention_score(q, key, values, heads, attn_mask=hidden, scalar_value=scale,
-                                    input_layout="BSND")
+    out = _flash(q, key, values, visible, scale)
     return ops.reshape(out[..., :value], (batch, -1, heads * value))
 
 
 def grouped_attention(q, keys, values, visible, scale):
-    """By flash_attention_score, which takes fewer heads of keys than of queries; the mask is given whole."""
+    """By flash_attention_score, which takes fewer heads of keys than of queries."""
     batch, _, heads, width = q.shape
     if not _flash_takes(width, width, q.dtype):
         return _grouped_attention(q, keys, values, visible, scale)
+    return ops.reshape(_flash(q, keys, values, visible, scale), (batch, -1, heads * width))
+
+
+def _flash(q, keys, values, visible, scale):
+    """visible bool [B, T, 1, S] -> [B, T, heads, D]. It is given whole, so windows and documents save no work here."""
     hidden = ops.logical_not(ops.transpose(visible, (0, 2, 1, 3)))          # [B, 1, T, S], True: not seen
-    out = ops.flash_attention_score(q, keys, values, heads, attn_mask=hidden, scalar_value=scale, input_layout="BSND")
-    return ops.reshape(out, (batch, -1, heads * width))
+    return ops.flash_attention_score(q, keys, values, q.shape[2], attn_mask=hidden, scalar_value=scale,
+                                     input_layout="BSND")
 
 
 def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):

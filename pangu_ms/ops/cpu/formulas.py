@@ -1,4 +1,5 @@
-"""The compiled forms of single formulas, with gradients. Each has the name and the arguments of what it replaces."""
+"""Forms of single formulas, with gradients: compiled operators, but for grouped attention, which reads the cache in its
+own way. Each has the name and the arguments of what it replaces."""
 from mindspore import ops
 from mindspore.ops.functional import isconstant
 
