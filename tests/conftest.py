@@ -52,6 +52,17 @@ def small(data):
     return config
 
 
+@pytest.fixture(scope="session")
+def one_layer(data):
+    """model_config of what is trained in seconds: a DSA layer with experts and a sliding MTP layer."""
+    from pangu_ms.architectures.openpangu_v2 import PanguConfig
+    tiny = json.loads((data / "tiny" / "config.json").read_text())
+    tiny |= {"vocab_size": 268, "num_attention_heads": 4, "num_hidden_layers": 1, "num_nextn_predict_layers": 1,
+             "first_k_dense_replace": 0, "dsa_layers": [0], "swa_layers": [1], "sliding_window_list": [7],
+             "block_post_layernorm_idx": [0]}
+    return {name: value for name, value in tiny.items() if name in PanguConfig.given_fields()}
+
+
 @pytest.fixture
 def on_ascend(monkeypatch):
     """Forms are chosen as on an Ascend."""

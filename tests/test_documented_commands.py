@@ -1,12 +1,10 @@
 """Every command of the documents, as written, in a directory where a small model and small data have its names."""
 import io
 import json
-import os
 import re
 import runpy
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +16,6 @@ from safetensors.numpy import save_file
 from toy_tokenizer import train_tokenizer
 
 from pangu_ms.architectures import config_class, config_from_dict
-from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.tensors import parameters
 from pangu_ms.checkpoint.directory import checkpoints
 from pangu_ms.conversion.command import main as convert
@@ -26,6 +23,7 @@ from pangu_ms.generation.command import main as generate
 from pangu_ms.training.run.command import main as train
 from pangu_ms.training.run.state import read_checkpoint
 from pangu_ms.yaml_file import read_yaml
+from tests.launch import msrun
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +45,7 @@ def commands(document):
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory, data):
+def directory(tmp_path_factory, data, one_layer):
     """As a clone with data in it; the toy, its data and the sizes in its YAML files are smaller."""
     directory = tmp_path_factory.mktemp("clone")
     for name in ("tools", "tests"):
@@ -61,10 +59,7 @@ def directory(tmp_path_factory, data):
         (directory / "data" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train_tokenizer(texts, 268, directory / "data" / "tokenizer")
 
-    model = PanguConfig.from_pretrained(data / "tiny").to_dict()
-    model |= {"vocab_size": 268, "num_attention_heads": 4, "num_hidden_layers": 1, "num_nextn_predict_layers": 1,
-              "first_k_dense_replace": 0, "dsa_layers": [0], "swa_layers": [1], "sliding_window_list": [7],
-              "block_post_layernorm_idx": [0], "bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
+    model = one_layer | {"bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
     small = {"openpangu_v2": model, "pangu_embedded": {
         **json.loads((data / "embedded_tied" / "config.json").read_text()),
         **{name: model[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}}}
@@ -92,12 +87,7 @@ def directory(tmp_path_factory, data):
 def run(words):
     """The exit code of a command, in this process if it is not to run in several."""
     if words[0] == "msrun":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-        return subprocess.run(["msrun", f"--master_port={port}", *words[1:]], timeout=600, stdout=subprocess.DEVNULL,
-                              env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "GLOG_v": "3"}).returncode
+        return msrun(words[1:], stdout=subprocess.DEVNULL).returncode
     if words[0] != "python":
         return COMMANDS[words[0]](words[1:])
     name = words[1 + (words[1] == "-m")]

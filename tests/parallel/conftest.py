@@ -1,10 +1,6 @@
 """A small random model whose heads, experts and vocabulary four ranks can share, and runs of several processes."""
 import dataclasses
-import os
-import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +9,7 @@ from safetensors.numpy import save_file
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 from pangu_ms.architectures.tensors import parameters
+from tests import launch
 
 CONFIG = PanguConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
@@ -54,15 +51,8 @@ def msrun(tmp_path_factory):
     """msrun(processes, script, *arguments) -> (exit code, what it printed, the directory of its logs)."""
     def run(processes, script, *arguments):
         logs = tmp_path_factory.mktemp("logs")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-        source = str(Path(__file__).parents[2])
-        done = subprocess.run(
-            ["msrun", f"--worker_num={processes}", f"--local_worker_num={processes}", f"--master_port={port}",
-             f"--log_dir={logs}", "--join=True", str(script), *map(str, arguments)],
-            env=os.environ | {"PATH": path, "PYTHONPATH": source, "GLOG_v": "3"}, cwd=logs,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+        done = launch.msrun([f"--worker_num={processes}", f"--local_worker_num={processes}", f"--log_dir={logs}",
+                             "--join=True", script, *arguments], cwd=logs, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
         return done.returncode, done.stdout, logs
     return run

@@ -16,7 +16,6 @@ import pytest
 import yaml
 from toy_tokenizer import train_tokenizer
 
-from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.checkpoint.directory import checkpoints
 from pangu_ms.text.tokenizer import Tokenizer
 from pangu_ms.training.run.state import read_checkpoint
@@ -30,7 +29,7 @@ TIMING = ("seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory, data):
+def directory(tmp_path_factory, one_layer):
     """A directory to run in: run.yaml, texts and a tokenizer."""
     directory = tmp_path_factory.mktemp("run")
     words = np.random.default_rng(0).integers(0, 50, (60, 12))
@@ -38,11 +37,7 @@ def directory(tmp_path_factory, data):
     (directory / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_tokenizer(texts, 268, str(directory / "tokenizer"))
     fields = read_yaml(str(ROOT / "configs" / "openpangu_v2" / "pretrain_toy_cpu.yaml"))
-    model = json.loads((data / "tiny" / "config.json").read_text())
-    model |= {"vocab_size": 268, "num_attention_heads": 4, "num_hidden_layers": 1, "num_nextn_predict_layers": 1,
-              "first_k_dense_replace": 0, "dsa_layers": [0], "swa_layers": [1], "sliding_window_list": [7],
-              "block_post_layernorm_idx": [0]}
-    fields["model"]["model_config"] = {k: v for k, v in model.items() if k in PanguConfig.__dataclass_fields__}
+    fields["model"]["model_config"] = one_layer
     fields["train_dataset"]["data_loader"].update(path="texts.jsonl", tokenizer="tokenizer", seq_length=24)
     fields["runner_config"].update(epochs=3, batch_size=4)
     fields["callbacks"][1].update(save_checkpoint_steps=3)
