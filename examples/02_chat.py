@@ -13,7 +13,6 @@ os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only
 from pangu_ms import PanguForCausalLM, Sampling, stream_generate
 from pangu_ms.generation.prefix import Continuation
 from pangu_ms.text.chat_template import ChatTemplate
-from pangu_ms.text.reply import ReplyParser
 from pangu_ms.text.tokenizer import Tokenizer
 
 TOY = Path(__file__).parent / "toy"
@@ -43,7 +42,7 @@ def main():
         responses = stream_generate(model, template.render(messages), arguments.max_new_tokens, tokenizer=tokenizer,
                                     sampling=sampling, num_draft_tokens=arguments.num_draft_tokens,
                                     eos_token_ids=template.stop_token_ids, continuation=continuation)
-        parser, part = ReplyParser(marks=template.marks), "user"
+        parser, part = template.reply_parser(), "user"
         print(f"[{part}] {question}", end="")
         for response in responses:
             part = show(parser.push(response.text), part)

@@ -30,8 +30,8 @@ class Config:
         MTP_FIELD: the field with the number of MTP layers; None for an architecture that has none.
 
     For networks and files there are, of a subclass: `plan`, what the network is built from; `tensors`, its `Table`;
-    `sizes` and `row_patterns`, the meaning of the table's words; and `cut(first, last, mtp)`, the config of a model of
-    these trunk layers alone, renumbered from 0, with or without the MTP layers.
+    `sizes` and `row_patterns`, the meaning of the table's words; `chat`, how it talks; and `cut(first, last, mtp)`, the
+    config of a model of these trunk layers alone, renumbered from 0, with or without the MTP layers.
     """
 
     REQUIRED: typing.ClassVar[frozenset[str]] = frozenset()

@@ -4,6 +4,7 @@ import functools
 import typing
 from dataclasses import dataclass, field
 
+from pangu_ms.architectures.chat import OPENPANGU_V2, Chat
 from pangu_ms.architectures.fields import (
     COMPUTE_DTYPES, Config, choice_problems, implied_defaults, listed, size_problems,
 )
@@ -195,6 +196,7 @@ class PanguConfig(Config):
         "num_nextn_predict_layers", "num_attention_heads", "n_routed_experts", "n_shared_experts",
         "max_position_embeddings", *UNPUBLISHED)) - {"rope_theta", *NULL_WHEN_ABSENT}
     NULL_WHEN_ABSENT: typing.ClassVar = NULL_WHEN_ABSENT
+    chat: typing.ClassVar[Chat] = OPENPANGU_V2
     SPELLINGS: typing.ClassVar = {"rope_interleaved": "rope_interleave"}
     MTP_FIELD: typing.ClassVar = "num_nextn_predict_layers"
 

@@ -8,6 +8,7 @@ import functools
 import typing
 from dataclasses import dataclass, field
 
+from pangu_ms.architectures.chat import EMBEDDED_1B, EMBEDDED_7B, Chat
 from pangu_ms.architectures.fields import (
     COMPUTE_DTYPES, Config, choice_problems, implied_defaults, size_problems,
 )
@@ -140,6 +141,11 @@ class PanguEmbeddedConfig(Config):
         return Plan(self.vocab_size, self.hidden_size, layers, self.rms_norm_eps, self.rope_theta, self.head_width,
                     self.max_position_embeddings, self.initializer_range, self.compute_dtype,
                     tied_head=self.tie_word_embeddings)
+
+    @property
+    def chat(self) -> Chat:
+        """1B, which alone of the two ties its head, has no slow thinking."""
+        return EMBEDDED_1B if self.tie_word_embeddings else EMBEDDED_7B
 
     @property
     def tensors(self) -> Table:

@@ -18,7 +18,7 @@ from pangu_ms.errors import PanguError, one_line
 from pangu_ms.generation.config_file import PredictFile, find_predict_file
 from pangu_ms.generation.interactive import converse, ctrl_c, show_reply
 from pangu_ms.generation.prefix import Continuation
-from pangu_ms.generation.request import check_request, find_eos_token_ids
+from pangu_ms.generation.request import GENERATION_CONFIG, check_request, find_defaults, find_eos_token_ids
 from pangu_ms.generation.sampling import Sampling
 from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.text.chat_template import ChatTemplate
@@ -30,17 +30,19 @@ EXAMPLE = """examples:
   pangu-generate --model openPangu-2.0-Flash --prompt "The capital of Peru is" --max-new-tokens 32
   pangu-generate --model openPangu-2.0-Flash --chat --max-new-tokens 2048 --num-draft-tokens 3 --stats
   pangu-generate --model openPangu-2.0-Flash --chat --thinking off --prompt-file question.txt --max-new-tokens 512
+  pangu-generate --model openPangu-Embedded-7B --chat --thinking auto --max-new-tokens 2048
   pangu-generate --model tests/data/tiny --token-ids 5,6,7,8 --max-new-tokens 32 --json
   msrun --worker_num=8 --local_worker_num=8 --join=True --log_dir=logs tools/generate.py \\
       --config configs/openpangu_v2/predict_flash_92b.yaml --prompt "The capital of Peru is"
 
+Where DIR has a generation_config.json, its sampling and max_new_tokens are the defaults; a line on stderr says so.
 Without --json the new text (or, without a tokenizer, the new ids) goes to stdout as it comes, and a line of
 statistics to stderr. With --json stdout gets one object: token_ids (the new ones), text (null without a tokenizer),
 finish_reason (stop or length), with --chat also reasoning, answer and tool_calls, and stats (prefill_seconds,
 prefill_tokens, decode_seconds, decode_tokens, tokens_per_second, cache_bytes, drafted and accepted by depth,
 peak_memory_bytes of the process).
---chat without a prompt is a conversation: /clear forgets it, /thinking on|off, /exit; Ctrl-C ends a reply. In a chat
-reasoning goes to stderr, the answer to stdout. Of several processes the first prints, into its msrun log. Exit code 0
+--chat without a prompt is a conversation: /clear forgets it, /thinking on|off|auto, /exit; Ctrl-C ends a reply. In a
+chat reasoning goes to stderr, the answer to stdout. Of several processes the first prints, into its msrun log. Exit code 0
 on success, 2 when the input is wrong, 130 after Ctrl-C.
 """
 SAMPLING = {  # fields of Sampling that are options, and what they mean
@@ -61,8 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         file = find_predict_file(argv)
         arguments = parser.parse_args([*file.options, *argv])  # what stands behind counts
+        directory = document_directory(arguments.model)
+        said = use_defaults(arguments, directory)
         check_options(parser, arguments)
-        run(arguments, file)
+        run(arguments, file, directory, said)
     except PanguError as error:
         print(f"pangu-generate: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -82,7 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; needs a tokenizer in DIR")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file")
     prompt.add_argument("--token-ids", metavar="1,2,3", help="ids to continue, taken as they are")
-    parser.add_argument("--max-new-tokens", required=True, type=int, metavar="N", help="of each reply in a chat")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N",
+                        help=f"of each reply in a chat; required unless {GENERATION_CONFIG} in DIR says")
     parser.add_argument("--dtype", default="float32", choices=COMPUTE_DTYPES, help="compute in this (default: float32)")
     parser.add_argument("--num-draft-tokens", default=0, type=int, metavar="N",
                         help="drafts of the MTP layers to verify in each step (default: 0)")
@@ -95,13 +100,14 @@ def build_parser() -> argparse.ArgumentParser:
     chat = parser.add_argument_group("chat")
     chat.add_argument("--chat", action="store_true", help="through the chat template in DIR; no prompt: a conversation")
     chat.add_argument("--system", metavar="TEXT", help="the system message")
-    chat.add_argument("--thinking", choices=("on", "off"), help="whether a reply begins with reasoning (default: on)")
+    chat.add_argument("--thinking", choices=("on", "off", "auto"), help="whether a reply begins with reasoning, as far "
+                      "as the model leaves the choice; auto: it decides (default: what it does unasked)")
 
-    sampling = parser.add_argument_group("sampling")
+    sampling = parser.add_argument_group("sampling", f"the defaults are those of {GENERATION_CONFIG} in DIR, if any")
     for name, meaning in SAMPLING.items():
         default = getattr(Sampling, name)
-        sampling.add_argument("--" + name.replace("_", "-"), default=default, type=type(default),
-                              metavar="N" if type(default) is int else "X", help=f"{meaning} (default: %(default)s)")
+        sampling.add_argument("--" + name.replace("_", "-"), type=type(default),
+                              metavar="N" if type(default) is int else "X", help=f"{meaning} (default: {default})")
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT",
                           help="end the text before this; may be given several times")
     return parser
@@ -110,6 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuses options that do not go together, which argparse cannot say by itself."""
     prompted = arguments.prompt is not None or arguments.prompt_file is not None
+    if arguments.max_new_tokens is None:
+        parser.error("the following arguments are required: --max-new-tokens")
     if not arguments.chat:
         if not prompted and arguments.token_ids is None:
             parser.error("one of --prompt, --prompt-file, --token-ids, --chat is required")
@@ -123,14 +131,36 @@ def check_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace
         parser.error("a conversation runs in one process: give a prompt")
 
 
-def run(arguments: argparse.Namespace, file: PredictFile) -> None:
-    """Answers the prompt, or talks. What small files show to be wrong is refused before MindSpore is imported."""
-    directory = document_directory(arguments.model)
+def use_defaults(arguments: argparse.Namespace, directory: str) -> str | None:
+    """Gives options that the user has not given the values of generation_config.json, else those of `Sampling`.
+
+    Returns:
+        What the file gives and what it does not get, in a line; None where it says nothing.
+    """
+    found, left_aside = find_defaults(directory)
+    used = {name: value for name, value in found.items() if getattr(arguments, name) is None}
+    for name in SAMPLING:
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, used.get(name, getattr(Sampling, name)))
+    if arguments.max_new_tokens is None:
+        arguments.max_new_tokens = used.get("max_new_tokens")
+    parts = [", ".join(f"{name} {value}" for name, value in used.items())] if used else []
+    parts += [f"left aside: {', '.join(left_aside)}"] if left_aside else []
+    return f"{os.path.join(directory, GENERATION_CONFIG)}: {'; '.join(parts)}" if parts else None
+
+
+def run(arguments: argparse.Namespace, file: PredictFile, directory: str, said: str | None) -> None:
+    """Answers the prompt, or talks. What small files show to be wrong is refused before MindSpore is imported.
+
+    Args:
+        directory: the checkpoint.
+        said: is printed when nothing has been refused.
+    """
     config = read_config(directory)
     file.check(config, directory)
     tokenizer = find_tokenizer(arguments, directory)
     template = ChatTemplate(tokenizer) if arguments.chat else None
-    thinking = arguments.thinking != "off"
+    thinking = template.chat.mode(arguments.thinking) if template else None
     ids = read_prompt(arguments, tokenizer, template, thinking)
     # A conversation has no prompt yet: one of a single token shows whether any could be answered.
     check_request(config.plan, [0] if ids is None else ids, arguments.max_new_tokens, arguments.num_draft_tokens)
@@ -139,6 +169,8 @@ def run(arguments: argparse.Namespace, file: PredictFile) -> None:
     StopStrings(arguments.stop)
     eos_token_ids = find_eos_token_ids(config, directory) + (template.stop_token_ids if template else ())
 
+    if said is not None:
+        print(said, file=sys.stderr)
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only, unless the user wants more
     device = import_module("pangu_ms.device")                                   # from here on MindSpore is there
     device.start(**file.context)
@@ -166,7 +198,7 @@ def run(arguments: argparse.Namespace, file: PredictFile) -> None:
         for _ in stream(ids):
             pass
         return
-    parser = ReplyParser(thinking, template.marks) if template else None
+    parser = template.reply_parser(thinking) if template else None
     if arguments.json:
         print_json(stream(ids), parser)
         return
@@ -197,7 +229,7 @@ def find_ranks(arguments: argparse.Namespace, config):
     return import_module("pangu_ms.parallel.collectives").start(ranks)
 
 
-def read_prompt(arguments: argparse.Namespace, tokenizer, template, thinking: bool) -> list[int] | None:
+def read_prompt(arguments: argparse.Namespace, tokenizer, template, thinking: str | None) -> list[int] | None:
     """The ids of the prompt, in a chat through the template; None where a conversation will bring them."""
     if arguments.token_ids is not None:
         return parse_token_ids(arguments.token_ids)

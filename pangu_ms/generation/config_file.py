@@ -192,7 +192,7 @@ def _generation_options(path, section):
     if sample is not None and sample != (temperature != 0):
         raise ConfigError(f"{path}: generation_config.do_sample: found {sample!r}, but temperature is {temperature}, "
                           f"which {'samples' if temperature else 'is greedy'}; give what you want as temperature")
-    return options
+    return options if sample is None else options | {"temperature": temperature}  # greedy in words, too
 
 
 def _context(path, section, alone):

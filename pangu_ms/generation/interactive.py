@@ -4,15 +4,14 @@ import signal
 import sys
 
 from pangu_ms.errors import PanguError, one_line
-from pangu_ms.text.reply import ReplyParser
 
 with contextlib.suppress(ImportError):  # arrow keys and history while typing, where the platform has them
     import readline  # noqa: F401
 
-COMMANDS = "/clear forgets the conversation, /thinking on|off, /exit; Ctrl-C ends a reply, Ctrl-D the program"
+COMMANDS = "/clear forgets the conversation, /thinking on|off|auto, /exit; Ctrl-C ends a reply, Ctrl-D the program"
 
 
-def converse(template, stream, system=None, thinking=True, on_reply=None):
+def converse(template, stream, system=None, thinking=None, on_reply=None):
     """Talks until /exit, Ctrl-D, or Ctrl-C twice at the prompt.
 
     A message that is refused (it does not fit into the context) is forgotten. A reply that is cut short stays.
@@ -21,7 +20,7 @@ def converse(template, stream, system=None, thinking=True, on_reply=None):
         template (ChatTemplate): of the checkpoint.
         stream: gives the responses of a reply to ids, with text, as `stream_generate` does.
         system (str): the system message.
-        thinking (bool): whether replies begin with reasoning. /thinking changes it.
+        thinking (str): as `ChatTemplate.render` takes it. /thinking changes it.
         on_reply: called with the last response of each reply.
     """
     first = [] if system is None else [{"role": "system", "content": system}]
@@ -45,15 +44,18 @@ def converse(template, stream, system=None, thinking=True, on_reply=None):
             return
         if line == "/clear":
             messages = list(first)
-        elif line in ("/thinking on", "/thinking off"):
-            thinking = line.endswith("on")
+        elif line in ("/thinking on", "/thinking off", "/thinking auto"):
+            try:
+                thinking = template.chat.mode(line.split()[1])
+            except PanguError as error:
+                print(one_line(error), file=sys.stderr)
         elif line.startswith("/"):
             print(f"{line.split()[0]}: {COMMANDS}", file=sys.stderr)
         elif line:
             user = {"role": "user", "content": line}
             try:
                 reply, response = show_reply(stream(template.render([*messages, user], thinking)),
-                                          ReplyParser(thinking, template.marks))
+                                          template.reply_parser(thinking))
             except PanguError as error:
                 print(f"error: {one_line(error)}; /clear forgets the conversation", file=sys.stderr)
                 continue

@@ -1,11 +1,23 @@
-"""What a generation request must satisfy, checked before anything heavy is loaded. Needs no MindSpore."""
+"""What a generation request must satisfy and what it gets unasked, before anything heavy is loaded. Needs no MindSpore.
+"""
 import json
 from numbers import Integral
 from pathlib import Path
 
 from pangu_ms.errors import PanguError
+from pangu_ms.generation.sampling import Sampling
 
 MAX_DRAFTS = 8  # what the cache of a drafting engine has room for, see SLACK in pangu_ms/generation/steps.py
+GENERATION_CONFIG = "generation_config.json"
+WHEN_SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # of do_sample alone, as transformers takes them
+NEUTRAL = {  # fields of generation_config.json that change the text at other values than these, and are not done here
+    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "typical_p": 1,
+    "epsilon_cutoff": 0, "eta_cutoff": 0, "length_penalty": 1, "diversity_penalty": 0, "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "early_stopping": False, "remove_invalid_values": False,
+    "renormalize_logits": False, "presence_penalty": 0, "frequency_penalty": 0,
+}
+WITHOUT_EFFECT = ("bos_token_id", "pad_token_id", "eos_token_id", "do_sample", "transformers_version",
+                  "_from_model_config", "use_cache")  # eos_token_id: of `find_eos_token_ids`
 
 
 def check_request(plan, ids, max_new_tokens, num_draft_tokens=0):
@@ -50,12 +62,8 @@ def find_eos_token_ids(config, directory) -> tuple[int, ...]:
     Raises:
         PanguError: generation_config.json is there but is no JSON object, or an id is no integer.
     """
-    path, found = Path(directory) / "generation_config.json", None
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, RecursionError, AttributeError) as error:  # AttributeError: JSON, but no object
-            raise PanguError(f"{path}: wanted a JSON object ({error}): mend the file or remove it") from None
+    path, fields = _read_generation_config(directory)
+    found = fields.get("eos_token_id")
     if found is None:
         path, found = Path(directory) / "config.json", config.eos_token_id
     ids = found if isinstance(found, (list, tuple)) else [] if found is None else [found]
@@ -63,3 +71,49 @@ def find_eos_token_ids(config, directory) -> tuple[int, ...]:
         if not isinstance(token_id, int):
             raise PanguError(f"{path}: eos_token_id holds {token_id!r}: wanted an integer or a list of integers")
     return tuple(ids)
+
+
+def find_defaults(directory) -> tuple[dict, list[str]]:
+    """What generation_config.json gives where the request says nothing.
+
+    Returns:
+        (options, left_aside): `max_new_tokens` and fields of `Sampling` as far as the file has them, those of drawing
+        where its do_sample is true; and in words, what else it asks for and does not get. Without a file both are empty.
+
+    Raises:
+        PanguError: the file is no JSON object, or a value is out of its range.
+    """
+    path, fields = _read_generation_config(directory)
+    fields = {name: value for name, value in fields.items() if value is not None}
+    sampling = {name: fields[name] for name in WHEN_SAMPLING if name in fields}
+    left_aside = [f"{name} {value}" for name, value in fields.items()
+                  if name not in (*WHEN_SAMPLING, *WITHOUT_EFFECT, "repetition_penalty", "max_new_tokens")
+                  and not name.startswith(("output_", "return_")) and (name not in NEUTRAL or value != NEUTRAL[name])]
+    if fields.get("do_sample") is True:
+        sampling = {"temperature": 1.0} | sampling
+    elif sampling:
+        left_aside.insert(0, f"{', '.join(sampling)} (do_sample is not true)")
+        sampling = {}
+    sampling |= {name: fields[name] for name in ("repetition_penalty",) if name in fields}
+    try:
+        Sampling(**sampling)
+    except PanguError as error:
+        raise PanguError(f"{path}: {error}") from None
+    length = {name: fields[name] for name in ("max_new_tokens",) if name in fields}
+    if any(type(value) is not int for value in length.values()):
+        raise PanguError(f"{path}: max_new_tokens is {length['max_new_tokens']!r}: wanted an integer")
+    return sampling | length, left_aside
+
+
+def _read_generation_config(directory):
+    """(path, fields) of generation_config.json, {} where there is none."""
+    path = Path(directory) / GENERATION_CONFIG
+    if not path.is_file():
+        return path, {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PanguError(f"{path}: wanted a JSON object ({error}): mend the file or remove it") from None
+    if not isinstance(fields, dict):
+        raise PanguError(f"{path}: wanted a JSON object: mend the file or remove it")
+    return path, fields

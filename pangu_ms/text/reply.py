@@ -2,7 +2,7 @@
 import json
 from dataclasses import dataclass, field
 
-from pangu_ms.text.marks import OPENPANGU_V2, Marks
+from pangu_ms.architectures.chat import OPENPANGU_V2, Marks
 from pangu_ms.text.stop_strings import beginning_at_end
 
 
@@ -28,13 +28,14 @@ class Reply:
 class ReplyParser:
     """Takes a reply's text apart while it comes, in pieces of any size.
 
-    The text is reasoning up to the mark that ends it (the prompt holds the mark that begins it), then the answer;
-    without thinking all of it is answer. Tool calls stand in the answer between their own marks. The marks themselves
-    are left out, and what could be the beginning of one is held back.
+    Where the prompt holds the mark that begins reasoning, the text is reasoning up to the mark that ends it, then the
+    answer. Where the reply holds both marks, reasoning is what stands between them, and there may be none. Tool calls
+    stand in the answer between their own marks. The marks themselves are left out, and what could be the beginning of
+    one is held back. `ChatTemplate.reply_parser` makes the right one.
 
     Args:
-        thinking: whether the reply begins with reasoning.
-        marks: of the checkpoint, see `ChatTemplate.marks`.
+        thinking: whether the text begins within reasoning.
+        marks: of the checkpoint.
 
     Attributes:
         reply (Reply): what has come so far.
@@ -42,10 +43,12 @@ class ReplyParser:
 
     def __init__(self, thinking: bool = True, marks: Marks = OPENPANGU_V2):
         self.reply = Reply()
-        # What ends each part of a reply, and the part behind it.
-        self._ends = {"reasoning": (marks.think_end, "answer"),
-                      "answer": (marks.tool_call_start, "tool_calls"),
-                      "tool_calls": (marks.tool_call_end, "answer")}
+        # The marks that end each part of a reply, and the part behind them.
+        self._ends = {"reasoning": {marks.think_end: "answer"},
+                      "answer": {marks.tool_call_start: "tool_calls"},
+                      "tool_calls": {marks.tool_call_end: "answer"}}
+        if marks.think_start is not None:
+            self._ends["answer"] |= {marks.think_start: "reasoning", marks.think_end: "answer"}
         self._part = "reasoning" if thinking else "answer"
         self._held = ""  # of the text, what could be the beginning of a mark
         self._calls = ""  # the text of tool calls that have not ended
@@ -54,17 +57,18 @@ class ReplyParser:
         """What the text brings, in order: ("reasoning" | "answer", text), and ("tool_calls", text) for whole ones."""
         found, text = [], self._held + text
         while True:
-            mark, following = self._ends[self._part]
-            before, seen, after = text.partition(mark)
-            if not seen:
+            ends = self._ends[self._part]
+            mark = min((mark for mark in ends if mark in text), key=text.index, default=None)
+            if mark is None:
                 break
+            before, _, after = text.partition(mark)
             found += self._take(before)
             if self._part == "tool_calls":
                 found.append(("tool_calls", self._calls))
                 self.reply.tool_calls += parse_tool_calls(self._calls)
                 self._calls = ""
-            self._part, text = following, after
-        shown = len(text) - beginning_at_end(text, [mark])
+            self._part, text = ends[mark], after
+        shown = len(text) - beginning_at_end(text, ends)
         self._held = text[shown:]
         return found + self._take(text[:shown])
 
@@ -72,8 +76,8 @@ class ReplyParser:
         """What was held back, at the end of the text; tool calls that have not ended become an error."""
         found, self._held = self._take(self._held), ""
         if self._part == "tool_calls":
-            self.reply.tool_calls.append({"error": f"the text ends before {self._ends[self._part][0]}",
-                                          "text": self._calls})
+            mark, = self._ends[self._part]
+            self.reply.tool_calls.append({"error": f"the text ends before {mark}", "text": self._calls})
             found = [("tool_calls", self._calls)]
         return found
 

@@ -1,8 +1,11 @@
 """Text to ids and back, by the tokenizer that a directory holds. Needs no MindSpore, and fetches nothing."""
 import json
+import re
+from itertools import groupby
 from pathlib import Path
 
 from pangu_ms.architectures import read_config
+from pangu_ms.architectures.chat import EMBEDDED_7B, OPENPANGU_V2
 from pangu_ms.architectures.fields import CONFIG_FILE
 from pangu_ms.errors import PanguError
 from pangu_ms.text.stop_strings import StopStrings
@@ -16,7 +19,8 @@ class Tokenizer:
 
     Args:
         directory: holds tokenizer.json or tokenizer.model, and beside it tokenizer_config.json, which names the special
-            tokens. Where it is a checkpoint, config.json says which id begins a text.
+            tokens. Where it is a checkpoint, config.json says which id begins a text, and which member of the family it
+            is.
 
     Attributes:
         directory (Path):
@@ -25,6 +29,8 @@ class Tokenizer:
         vocab_size (int): ids that the tokenizer knows; the vocabulary of the model may be padded past them.
         bos_token_id (int | None): begins a text. config.json decides where it is there, else tokenizer_config.json.
         eos_token_id (int | None): ends a text, by tokenizer_config.json.
+        chat (Chat): of the member that config.json names; without one, tokenizer.json is taken for openPangu-2.0's and
+            tokenizer.model for its relatives'.
 
     Raises:
         PanguError: no tokenizer, a file that cannot be read, or a config.json that is refused.
@@ -41,14 +47,18 @@ class Tokenizer:
         self.special_tokens = {name: token.get("content") if isinstance(token, dict) else token
                                for name, token in self.settings.items()
                                if name.endswith("_token") and isinstance(token, (str, dict))}
+        config = read_config(directory) if (self.directory / CONFIG_FILE).is_file() else None
+        self.chat = config.chat if config else OPENPANGU_V2 if path.suffix == ".json" else EMBEDDED_7B
         try:
-            self._model = _TokenizerJson(path) if path.suffix == ".json" else _SentencePiece(path)
+            self._model = (_TokenizerJson(path) if path.suffix == ".json"
+                           else _SentencePiece(path, self._special_texts()))
         except Exception as error:  # both libraries raise bare Exception or RuntimeError for a damaged file
             raise PanguError(f"{path}: cannot be read as a tokenizer ({error}): fetch the file again") from None
         self.vocab_size = self._model.vocab_size
         self.eos_token_id = self.token_id(self.special_tokens.get("eos_token"))
-        self.bos_token_id = (read_config(directory).bos_token_id if (self.directory / CONFIG_FILE).is_file()
-                             else self.token_id(self.special_tokens.get("bos_token")))
+        self.bos_token_id = config.bos_token_id if config else self.token_id(self.special_tokens.get("bos_token"))
+        self._marks = {self.token_id(mark): mark for mark in self.chat.marks.in_reply}
+        self._marks.pop(None, None)  # marks that the tokenizer does not have
 
     def token_id(self, token: str | None) -> int | None:
         """The id of a token by its text, None where there is none."""
@@ -78,12 +88,39 @@ class Tokenizer:
         return self._model.encode_batch(texts)
 
     def decode(self, ids) -> str:
-        """The text of ids. Special tokens, and ids that the tokenizer does not know, are left out."""
-        return self._model.decode(ids)
+        """The text of ids. Special tokens are left out but for the marks that part a reply, and so are ids that the
+        tokenizer does not know."""
+        parts = groupby(ids, key=self._marks.get)  # by id: in many a tokenizer the marks are special tokens, too
+        return "".join(self._model.decode(list(part)) if mark is None else mark * len(list(part))
+                       for mark, part in parts)
 
     def stream_decoder(self):
         """A new decoder of ids that come one by one: `push(id)` and `flush()` give the text as `StreamDecoder` does."""
-        return self._model.stream_decoder()
+        return _MarkedStreamDecoder(self._model, self._marks)
+
+    def _special_texts(self):
+        """What tokenizer_config.json calls special, and what a chat is marked with."""
+        named = self.settings.get("added_tokens_decoder")
+        added = [token.get("content") for token in named.values() if token.get("special")] if named else []
+        return {*self.special_tokens.values(), *added, self.chat.marks.message_end, *self.chat.marks.in_reply}
+
+
+class _MarkedStreamDecoder:
+    """A decoder of a stream in which marks stand: the text between them is decoded as a text of its own."""
+
+    def __init__(self, model, marks):
+        self._model, self._marks = model, marks
+        self._decoder = model.stream_decoder()
+
+    def push(self, token_id):
+        if token_id not in self._marks:
+            return self._decoder.push(token_id)
+        before = self._decoder.flush()
+        self._decoder = self._model.stream_decoder()
+        return before + self._marks[token_id]
+
+    def flush(self):
+        return self._decoder.flush()
 
 
 class _TokenizerJson:
@@ -132,30 +169,44 @@ class _JsonStreamDecoder:
 
 
 class _SentencePiece:
-    """tokenizer.model of sentencepiece."""
+    """tokenizer.model of sentencepiece, used as the released PanguTokenizer uses it: a prompt is cut at its special
+    tokens, and each part between them is encoded as a text of its own.
 
-    def __init__(self, path):
+    Args:
+        path:
+        special: texts of special tokens, besides those that the file itself calls so; one that is no piece is ignored.
+    """
+
+    def __init__(self, path, special):
         from sentencepiece import SentencePieceProcessor
-        self._processor = SentencePieceProcessor(model_file=str(path))
-        self.vocab_size = self._processor.get_piece_size()
-        self._bos_id = self._processor.bos_id()  # -1 where the model has none
-        self._written_bos = self._processor.id_to_piece(self._bos_id) if self._bos_id >= 0 else None
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        model, self._special = ModelProto.FromString(path.read_bytes()), {}
+        for token_id, piece in enumerate(model.pieces):
+            if piece.piece in special or piece.type in (piece.CONTROL, piece.UNKNOWN):
+                self._special[piece.piece] = token_id
+                # The file may call it user-defined: then it would be found in every text, also in those to train on.
+                if piece.type != piece.UNKNOWN:
+                    piece.type = piece.CONTROL
+        self._processor = SentencePieceProcessor(model_proto=model.SerializeToString())
+        self._cut = re.compile("(" + "|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) + ")")
+        self.vocab_size = len(model.pieces)
 
     def token_id(self, token):
         found = self._processor.piece_to_id(token)  # the unknown token's for what is no token
         return found if self._processor.id_to_piece(found) == token else None
 
     def encode(self, text):
-        # The written form of a control token is plain characters to sentencepiece.
-        if self._written_bos and text.startswith(self._written_bos):
-            return [self._bos_id, *self._processor.encode(text.removeprefix(self._written_bos))]
-        return self._processor.encode(text)
+        ids = []
+        for place, part in enumerate(self._cut.split(text)):  # text, special token, text, ...
+            ids += [self._special[part]] if place % 2 else self._processor.encode(part)
+        return ids
 
     def encode_batch(self, texts):
         return self._processor.encode(texts)
 
     def decode(self, ids):
-        return self._processor.decode([i for i in ids if i < self.vocab_size])  # it refuses ids it does not know
+        unknown = self._processor.unk_id()  # also pads; written as question marks else
+        return self._processor.decode([i for i in ids if i < self.vocab_size and i != unknown])
 
     def stream_decoder(self):
         return StreamDecoder(self.decode)

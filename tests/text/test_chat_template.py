@@ -9,7 +9,6 @@ import tokenizers
 
 from pangu_ms.errors import PanguError
 from pangu_ms.text.chat_template import ChatTemplate
-from pangu_ms.text.marks import Marks
 from pangu_ms.text.reply import Reply
 from pangu_ms.text.tokenizer import Tokenizer
 from tests.text.byte_tokenizer import save_tokenizer
@@ -176,12 +175,6 @@ def test_a_template_is_in_a_sandbox(with_template):
                    "{{ raise_exception.__globals__.json }}"):
         with pytest.raises(PanguError, match="cannot render the messages .SecurityError"):
             with_template(source).text([USER])
-
-
-def test_another_member_has_other_marks(directory):
-    template = ChatTemplate(Tokenizer(directory), Marks("<|tool_call_end|>", "", "", ""))
-    assert template.stop_token_ids == (301, 297)
-    assert ChatTemplate(Tokenizer(directory), Marks("no token", "", "", "")).stop_token_ids == (297,)
 
 
 def test_it_needs_neither_transformers_nor_mindspore(directory):

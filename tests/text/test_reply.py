@@ -3,16 +3,16 @@ import random
 
 import pytest
 
-from pangu_ms.text.marks import Marks
+from pangu_ms.architectures.chat import EMBEDDED_7B, Marks
 from pangu_ms.text.reply import Reply, ReplyParser, parse_tool_calls
 
 CALL = '\n[{"name": "f", "arguments": {"x": 1}}]\n'
 F = {"name": "f", "arguments": {"x": 1}}
 
 
-def parsed(pieces, thinking=True):
+def parsed(pieces, *options):
     """The reply, and all that came out on the way."""
-    parser, found = ReplyParser(thinking), []
+    parser, found = ReplyParser(*options), []
     for piece in pieces:
         found += parser.push(piece)
     return parser.reply, found + parser.flush()
@@ -37,16 +37,35 @@ def parsed(pieces, thinking=True):
         {"error": "the text ends before <|tool_call_end|>", "text": "[]<|tool_call_"}])),
 ])
 def test_reply(thinking, text, reply):
-    assert parsed([text], thinking)[0] == reply
-    assert parsed(text, thinking)[0] == reply, "character by character"
+    assert_parsed(text, reply, thinking)
+
+
+def assert_parsed(text, reply, *options):
+    assert parsed([text], *options)[0] == reply
+    assert parsed(text, *options)[0] == reply, "character by character"
     dice = random.Random(0)
     for _ in range(50):
         cuts = sorted(dice.choices(range(len(text) + 1), k=4))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
-        found, shown = parsed(pieces, thinking)
+        found, shown = parsed(pieces, *options)
         assert found == reply, pieces
         for part, wanted in (("reasoning", reply.reasoning), ("answer", reply.answer)):
             assert "".join(text for kind, text in shown if kind == part) == wanted, pieces
+
+
+@pytest.mark.parametrize("text, reply", [
+    ("[unused16]\nHm.[unused17]Lima", Reply("\nHm.", "Lima")),
+    ("[unused16][unused17]Lima", Reply("", "Lima")),
+    ("[unused17]Lima", Reply("", "Lima")),
+    ("Lima", Reply("", "Lima")),
+    ("[unused16]Hm. [unused1", Reply("Hm. [unused1")),
+    ("[unused16]Hm.[unused11]", Reply("Hm.[unused11]")),
+    (f"[unused16]Hm.[unused17]So:[unused11]{CALL}[unused12].", Reply("Hm.", "So:.", [F])),
+    ("[unused11][{}", Reply("", "", [{"error": "the text ends before [unused12]", "text": "[{}"}])),
+    ("[unused]16]</think>", Reply("", "[unused]16]</think>")),
+])
+def test_reply_that_holds_both_marks_of_reasoning(text, reply):
+    assert_parsed(text, reply, False, EMBEDDED_7B.marks)
 
 
 def test_parts_come_as_soon_as_they_are_sure():
@@ -92,7 +111,7 @@ def test_broken_calls_stay_out_of_the_next_prompt():
 
 
 def test_another_member_has_other_marks():
-    parser = ReplyParser(marks=Marks("[end]", "[17]", "[11]", "[12]"))
+    parser = ReplyParser(marks=Marks("[end]", None, "[17]", "[11]", "[12]"))
     parser.push(f"Hm.[17]So:[11]{CALL}[12]</think>")
     parser.flush()
     assert parser.reply == Reply("Hm.", "So:</think>", [F])

@@ -20,7 +20,8 @@ def read_chats(path, tokenizer: Tokenizer) -> Documents:
     and "tools", as the template wants them, and "id", if it has them. With "thinking" every turn of the assistant has
     "reasoning_content", otherwise none has. The loss counts for what the model writes after the generation prompt:
     reasoning, `</think>`, content, calls and the end of the message. It does not count for the generation prompt, which
-    itself ends with `<think>` (thinking) or `</think>`.
+    in openPangu-2.0 itself ends with `<think>` (thinking) or `</think>`; its relatives write both marks into the reply.
+    "thinking" is left out for a member whose switches are not public.
 
     A line {"text": "..."} is a text as in pretraining, with the loss on all of it. Some text in every batch keeps a
     model from forgetting how to write other things than answers.
@@ -46,11 +47,14 @@ def read_chats(path, tokenizer: Tokenizer) -> Documents:
             found.append((name_of(record, where), ids, np.ones(len(ids), bool)))
             continue
         messages, tools = record.get("messages"), record.get("tools")
-        _check(messages, record.get("thinking"), tools, where)
-        samples = _samples(template, messages, record["thinking"], tools, where)
+        thinking = record.get("thinking")
+        _check(messages, tools, where)
+        if not isinstance(thinking, bool) and (thinking is not None or template.chat.modes):
+            raise PanguError(f'{where}: "thinking" is {kind(thinking)}: wanted true or false')
+        samples = _samples(template, messages, thinking, tools, where)
         name = name_of(record, where)
         for number, parts in enumerate(samples, 1):
-            encoded = [tokenizer.encode(text, bos=False) for text, _ in parts]
+            encoded = [tokenizer.encode(text, bos=place == 0) for place, (text, _) in enumerate(parts)]
             counted = [np.full(len(ids), is_reply) for ids, (_, is_reply) in zip(encoded, parts)]
             found.append((name if len(samples) == 1 else f"{name} (sample {number})",
                           np.concatenate(encoded), np.concatenate(counted)))
@@ -73,7 +77,7 @@ def _samples(template, messages, thinking, tools, where):
             whole = template.text(messages[:i + 1], thinking, tools, add_generation_prompt=False)
         except PanguError as error:
             raise PanguError(f"{where}: {error}") from None
-        if not whole.startswith(prompt):
+        if not whole.startswith(prompt) or thinking is not None and thinking != bool(message.get("reasoning_content")):
             raise PanguError(f'{where}: messages[{i}] does not go on from its prompt, which ends with '
                              f'{prompt[-8:]!r}: with "thinking" it needs "reasoning_content", without it has none')
         if text is not None and prompt.startswith(text):
@@ -85,7 +89,7 @@ def _samples(template, messages, thinking, tools, where):
     return samples
 
 
-def _check(messages, thinking, tools, where):
+def _check(messages, tools, where):
     """Raises PanguError for what is no chat, before the template sees it."""
     if not isinstance(messages, list):
         raise PanguError(f'{where}: "messages" is {kind(messages)}: wanted a list')
@@ -98,8 +102,6 @@ def _check(messages, thinking, tools, where):
         if not isinstance(message.get("reasoning_content", ""), str):
             raise PanguError(f'{where}: "reasoning_content" of messages[{i}] is '
                              f'{kind(message["reasoning_content"])}: wanted text')
-    if not isinstance(thinking, bool):
-        raise PanguError(f'{where}: "thinking" is {kind(thinking)}: wanted true or false')
     if tools is not None and not isinstance(tools, list):
         raise PanguError(f'{where}: "tools" is {kind(tools)}: wanted a list')
     roles = [message["role"] for message in messages]
