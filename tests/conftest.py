@@ -40,6 +40,22 @@ def golden(data):
 
 
 @pytest.fixture(scope="session")
+def family(data, tmp_path_factory):
+    """family(name): a directory with the config of a golden checkpoint of that name, fitted to a small tokenizer.model
+    of the family, which lies in it; without weights and without a chat template."""
+    @functools.cache
+    def make(name):
+        from tests.text.family_tokenizer import save_family_tokenizer
+        path = tmp_path_factory.mktemp(name)
+        vocab_size = save_family_tokenizer(path)
+        config = json.loads((data / name / "config.json").read_text())
+        config |= {"vocab_size": vocab_size, "bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 0}
+        (path / "config.json").write_text(json.dumps(config))
+        return path
+    return make
+
+
+@pytest.fixture(scope="session")
 def small(data):
     """small(**fields): a config as small as they come: a dense DSA layer, a sliding one with experts, one MTP depth."""
     tiny = json.loads((data / "tiny" / "config.json").read_text())

@@ -9,7 +9,8 @@ from pangu_ms.generation.sampling import Sampling
 
 MAX_DRAFTS = 8  # what the cache of a drafting engine has room for, see SLACK in pangu_ms/generation/steps.py
 GENERATION_CONFIG = "generation_config.json"
-WHEN_SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # of do_sample alone, as transformers takes them
+WHEN_SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # count with do_sample alone, as in transformers
+ALWAYS = ("repetition_penalty", "max_new_tokens")
 NEUTRAL = {  # fields of generation_config.json that change the text at other values than these, and are not done here
     "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "typical_p": 1,
     "epsilon_cutoff": 0, "eta_cutoff": 0, "length_penalty": 1, "diversity_penalty": 0, "encoder_repetition_penalty": 1,
@@ -87,22 +88,21 @@ def find_defaults(directory) -> tuple[dict, list[str]]:
     fields = {name: value for name, value in fields.items() if value is not None}
     sampling = {name: fields[name] for name in WHEN_SAMPLING if name in fields}
     left_aside = [f"{name} {value}" for name, value in fields.items()
-                  if name not in (*WHEN_SAMPLING, *WITHOUT_EFFECT, "repetition_penalty", "max_new_tokens")
+                  if name not in (*WHEN_SAMPLING, *ALWAYS, *WITHOUT_EFFECT)
                   and not name.startswith(("output_", "return_")) and (name not in NEUTRAL or value != NEUTRAL[name])]
     if fields.get("do_sample") is True:
         sampling = {"temperature": 1.0} | sampling
     elif sampling:
         left_aside.insert(0, f"{', '.join(sampling)} (do_sample is not true)")
         sampling = {}
-    sampling |= {name: fields[name] for name in ("repetition_penalty",) if name in fields}
+    options = sampling | {name: fields[name] for name in ALWAYS if name in fields}
     try:
-        Sampling(**sampling)
+        Sampling(**{name: value for name, value in options.items() if name != "max_new_tokens"})
     except PanguError as error:
         raise PanguError(f"{path}: {error}") from None
-    length = {name: fields[name] for name in ("max_new_tokens",) if name in fields}
-    if any(type(value) is not int for value in length.values()):
-        raise PanguError(f"{path}: max_new_tokens is {length['max_new_tokens']!r}: wanted an integer")
-    return sampling | length, left_aside
+    if type(options.get("max_new_tokens", 1)) is not int:
+        raise PanguError(f"{path}: max_new_tokens is {options['max_new_tokens']!r}: wanted an integer")
+    return options, left_aside
 
 
 def _read_generation_config(directory):

@@ -41,7 +41,7 @@ class ReplyParser:
         reply (Reply): what has come so far.
     """
 
-    def __init__(self, thinking: bool = True, marks: Marks = OPENPANGU_V2):
+    def __init__(self, thinking: bool = True, marks: Marks = OPENPANGU_V2.marks):
         self.reply = Reply()
         # The marks that end each part of a reply, and the part behind them.
         self._ends = {"reasoning": {marks.think_end: "answer"},

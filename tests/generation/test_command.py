@@ -146,6 +146,19 @@ def test_eos_ids_come_from_the_directory(engine, directory):
     assert engine.options["eos_token_ids"] == (7, 8)
 
 
+def test_defaults_come_from_the_directory_and_options_win(engine, directory, capsys):
+    (directory / "generation_config.json").write_text(json.dumps(
+        {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 4, "typical_p": 0.5}))
+    assert main(["--model", str(directory), "--prompt", "AB", "--top-p", "0.9", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert engine.options["sampling"] == Sampling(temperature=0.6, top_p=0.9, vocab_size=256)
+    assert len(json.loads(shown.out)["token_ids"]) == 4
+    assert shown.err == (f"{directory}/generation_config.json: temperature 0.6, max_new_tokens 4; "
+                         "left aside: typical_p 0.5\n")
+    assert run(directory, "--prompt", "AB", "--temperature", "0", "--top-p", "1") == 0
+    assert engine.options["sampling"] == Sampling(vocab_size=256)
+
+
 def test_loading_and_prefill_show_progress_on_a_terminal(engine, directory, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert run(directory, "--prompt", "AB") == 0

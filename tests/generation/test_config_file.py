@@ -48,6 +48,11 @@ def test_the_seed_is_that_of_sampling(file, fields, seed):
                    "--max-new-tokens", "1").seed == seed
 
 
+def test_do_sample_false_is_greedy_whatever_the_checkpoint_asks_for(file):
+    fields = {"load_checkpoint": "x", "generation_config": {"max_new_tokens": 1, "do_sample": False}}
+    assert options(file(fields)).temperature == 0 and options(file({"load_checkpoint": "x"})).temperature is None
+
+
 def test_without_a_file_nothing_is_asked_for(data):
     nothing = find_predict_file(["--model", "x"])
     assert nothing == PredictFile() and nothing.options == () and nothing.context == {}

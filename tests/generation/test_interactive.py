@@ -100,6 +100,21 @@ def test_reasoning_is_dim_on_a_terminal(directory, says, capsys, monkeypatch):
     assert "\033[2mH" in capsys.readouterr().err
 
 
+def test_a_relative_of_openpangu_2(engine, family, capsys):
+    directory = family("embedded")
+    tokenizer = Tokenizer(directory)
+    engine.reply = tokenizer.encode("[unused16]Hm.[unused17]Lima", bos=False)
+    assert run(directory, "--prompt", "Lima?", "--thinking", "off", new="9") == 0
+    shown = capsys.readouterr()
+    assert shown.out == "Lima\n" and shown.err.startswith("Hm.\nprefill ")
+    assert engine.prompts == [tokenizer.encode("[unused9]系统：[unused10][unused9]用户：Lima? /no_think[unused10]"
+                                               "[unused9]助手：")]
+    assert set(engine.options["eos_token_ids"]) == {tokenizer.token_id("[unused10]")}
+    assert run(family("embedded_tied"), "--prompt", "Lima?", "--thinking", "on") == 2
+    assert capsys.readouterr().err == ("pangu-generate: error: thinking is 'on': openPangu-Embedded-1B has off alone: "
+                                       "it answers without thinking\n")
+
+
 def test_missing_template(engine, directory, capsys):
     (directory / "chat_template.jinja").unlink()
     assert run(directory) == 2
@@ -150,9 +165,10 @@ def test_clear_keeps_the_system_message(talk, says, prompts):
 
 def test_thinking_is_switched(talk, says, prompts, capsys):
     says("a</think>b")
-    talk(["/thinking off", "One", "/clear", "/thinking on", "Two"])
+    talk(["/thinking off", "/thinking auto", "One", "/clear", "/thinking on", "Two"])
     assert prompts() == [conversation(("user", "One"), ask="</think>"), conversation(("user", "Two"))]
-    assert capsys.readouterr().out == "a</think>b\nb\n\n"
+    shown = capsys.readouterr()
+    assert shown.out == "a</think>b\nb\n\n" and "thinking is 'auto': openPangu-2.0 has on, off\n" in shown.err
 
 
 def test_exit_and_unknown_commands(talk, prompts, capsys):

@@ -1,11 +1,12 @@
 """Requests are refused before anything heavy is loaded, each with its reason."""
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pangu_ms.errors import PanguError
-from pangu_ms.generation.request import check_request, find_eos_token_ids
+from pangu_ms.generation.request import check_request, find_defaults, find_eos_token_ids
 
 
 def plan(mtp=3):
@@ -70,3 +71,32 @@ def test_broken_generation_config_is_named(tmp_path, text, words):
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(PanguError, match=f"generation_config.json: {words}"):
         find_eos_token_ids(SimpleNamespace(eos_token_id=2), tmp_path)
+
+
+SAMPLING = {"temperature": 1.0, "top_p": 0.8, "top_k": 0}
+
+
+@pytest.mark.parametrize("fields, options, left_aside", [
+    (None, {}, []),
+    ({"eos_token_id": 7, "transformers_version": "4.53.2", "num_beams": 1, "output_scores": True}, {}, []),
+    ({"do_sample": True} | SAMPLING, SAMPLING, []),
+    ({"do_sample": True, "top_k": None}, {"temperature": 1.0}, []),
+    ({"temperature": 0.6, "top_p": None}, {}, ["temperature (do_sample is not true)"]),
+    ({"do_sample": False, "max_new_tokens": 9, "repetition_penalty": 1.1},
+     {"max_new_tokens": 9, "repetition_penalty": 1.1}, []),
+    ({"do_sample": True, "typical_p": 0.9, "own": 3}, {"temperature": 1.0}, ["typical_p 0.9", "own 3"]),
+])
+def test_defaults_of_generation_config(tmp_path, fields, options, left_aside):
+    if fields is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    assert find_defaults(tmp_path) == (options, left_aside)
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"do_sample": True, "temperature": "hot"}, "temperature is 'hot': wanted 0 .greedy. or a positive number"),
+    ({"do_sample": True, "top_p": 2}, "top_p is 2: wanted"), ({"max_new_tokens": 1.5}, "max_new_tokens is 1.5: wanted"),
+])
+def test_a_default_out_of_range_is_named(tmp_path, fields, words):
+    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
+    with pytest.raises(PanguError, match=f"generation_config.json: {words}"):
+        find_defaults(tmp_path)

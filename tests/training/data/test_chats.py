@@ -1,4 +1,5 @@
 """Chats to documents: what the loss counts for is what the assistant says."""
+import numpy as np
 import pytest
 import tokenizers
 
@@ -71,6 +72,40 @@ def test_between_the_results_of_tools_reasoning_stays_and_so_does_the_sample(sam
     assert text.endswith(
         f'{SAY}<think>{{r1</think><|tool_call_start|>\n[{{"name": "f", "arguments": {{}}}}]\n<|tool_call_end|>{END}}}'
         f"<|message_start|>tool\n9{SAY}<think>{{r2</think>done{END}}}")
+
+
+def test_a_relative_writes_both_marks_of_reasoning_into_the_reply(jsonl, family):
+    """What counts, between braces: reasoning, answer and the mark that ends the turn."""
+    tokenizer = Tokenizer(family("embedded"))
+    system, ask, say = "[unused9]系统：[unused10]", "[unused9]用户：", "[unused10][unused9]助手："
+
+    def shown(*, name="embedded", **record):
+        documents = read_chats(jsonl([record]), Tokenizer(family(name)))
+        assert documents.pad_id == tokenizer.token_id("[unused10]")
+        for start, end in zip(documents.offsets[:-1], documents.offsets[1:]):
+            ids, counted = documents.ids[start:end].tolist(), documents.counted[start:end]
+            assert ids.count(1) == 1 == ids[0] + counted[0]
+            edges = [*np.flatnonzero(np.diff(counted)) + 1, len(ids)]
+            yield [ids[a:b] for a, b in zip([0, *edges], edges)]
+
+    def wanted(*parts):
+        return [tokenizer.encode(text, bos=place == 0) for place, text in enumerate(parts)]
+
+    turns = [user("1?"), assistant("one", "r1"), user("2?"), assistant("two", "r2")]
+    assert [*shown(messages=turns, thinking=True)] == [
+        wanted(f"{system}{ask}1?{say}", "[unused16]r1[unused17]one[unused10]"),
+        wanted(f"{system}{ask}1?{say}one[unused10]{ask}2?{say}", "[unused16]r2[unused17]two[unused10]")]
+    turns = [user("1?"), assistant("one"), user("2?"), assistant("two", "")]
+    fast = " /no_think"
+    assert [*shown(messages=turns, thinking=False)] == [
+        wanted(f"{system}{ask}1?{fast}{say}", "one[unused10]"),
+        wanted(f"{system}{ask}1?{say}one[unused10]{ask}2?{fast}{say}", "[unused16][unused17]two[unused10]")]
+    assert [*shown(name="embedded_tied", messages=turns[:2], thinking=False)] == [
+        wanted(f"{system}{ask}1?{say}", "one[unused10]")]
+    for name, thinking, message in (("embedded", True, 'with "thinking" it needs "reasoning_content"'),
+                                    ("embedded_tied", True, ":1: thinking is 'on': openPangu-Embedded-1B has off alone")):
+        with pytest.raises(PanguError, match=message):
+            [*shown(name=name, messages=turns[:2], thinking=thinking)]
 
 
 def test_a_text_among_chats_counts_from_its_first_token_and_keeps_its_characters(samples, jsonl, tokenizer_directory):
