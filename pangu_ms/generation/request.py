@@ -79,7 +79,7 @@ def find_defaults(directory) -> tuple[dict, list[str]]:
 
     Returns:
         (options, left_aside): `max_new_tokens` and fields of `Sampling` as far as the file has them, those of drawing
-        where its do_sample is true; and in words, what else it asks for and does not get. Without a file both are empty.
+        where its do_sample is true; and in words, what else it asks for and does not get. Empty without a file.
 
     Raises:
         PanguError: the file is no JSON object, or a value is out of its range.

@@ -22,8 +22,8 @@ RELEASED = """{% for message in messages %}{% if loop.first and messages[0]['rol
 {{ '[unused9]系统：[unused10]' }}{% endif %}\
 {% for role, name in [('system', '系统'), ('assistant', '助手'), ('tool', '工具'), ('function', '方法'), \
 ('user', '用户')] %}\
-{% if message['role'] == role %}{{ '[unused9]' + name + '：' + message['content'] + '[unused10]' }}{% endif %}{% endfor %}\
-{% endfor %}{% if add_generation_prompt %}{{ '[unused9]助手：' }}{% endif %}"""
+{% if message['role'] == role %}{{ '[unused9]' + name + '：' + message['content'] + '[unused10]' }}{% endif %}\
+{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '[unused9]助手：' }}{% endif %}"""
 
 
 @pytest.fixture(scope="module", params=[("user_defined_symbols", False), ("control_symbols", False),
@@ -138,7 +138,7 @@ def test_the_content_holds_calls_and_the_reasoning_since_the_last_message_of_the
 
 
 def test_tools_are_refused_by_a_template_that_says_nothing_about_them(template):
-    with pytest.raises(PanguError, match="the chat template says nothing about tools: describe them in the system mess"):
+    with pytest.raises(PanguError, match="the chat template says nothing about tools: describe them in the system"):
         template.render([USER], tools=[{"name": "f"}])
     with pytest.raises(PanguError, match="unknown role poet"):
         template.render([{"role": "poet", "content": ""}])

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from pangu_ms.architectures.chat import PRO_MOE_V2
 from pangu_ms.errors import PanguError
 from pangu_ms.text.chat_template import ChatTemplate
 from pangu_ms.text.tokenizer import Tokenizer
@@ -102,10 +103,21 @@ def test_a_relative_writes_both_marks_of_reasoning_into_the_reply(jsonl, family)
         wanted(f"{system}{ask}1?{say}one[unused10]{ask}2?{fast}{say}", "[unused16][unused17]two[unused10]")]
     assert [*shown(name="embedded_tied", messages=turns[:2], thinking=False)] == [
         wanted(f"{system}{ask}1?{say}", "one[unused10]")]
-    for name, thinking, message in (("embedded", True, 'with "thinking" it needs "reasoning_content"'),
-                                    ("embedded_tied", True, ":1: thinking is 'on': openPangu-Embedded-1B has off alone")):
+    for name, message in (("embedded", 'with "thinking" it needs "reasoning_content"'),
+                          ("embedded_tied", ":1: thinking is 'on': openPangu-Embedded-1B has off alone")):
         with pytest.raises(PanguError, match=message):
-            [*shown(name=name, messages=turns[:2], thinking=thinking)]
+            [*shown(name=name, messages=turns[:2], thinking=True)]
+
+
+def test_without_public_switches_a_chat_does_not_say_whether_it_thinks(jsonl, family):
+    tokenizer = Tokenizer(family("embedded"))
+    tokenizer.chat = PRO_MOE_V2
+    messages = [user("1?"), assistant("one", "r1")]
+    documents = read_chats(jsonl([{"messages": messages}]), tokenizer)
+    said = documents.ids[documents.counted].tolist()
+    assert said == tokenizer.encode("[unused16]r1[unused17]one[unused10]", bos=False)
+    with pytest.raises(PanguError, match=":1: thinking is 'on': openPangu-R-72B has no public switch"):
+        read_chats(jsonl([{"messages": messages, "thinking": True}]), tokenizer)
 
 
 def test_a_text_among_chats_counts_from_its_first_token_and_keeps_its_characters(samples, jsonl, tokenizer_directory):
