@@ -14,7 +14,6 @@ from pangu_ms.model import short_conv as conv
 swiglu, masked_softmax, top_k = elementary.swiglu, elementary.masked_softmax, elementary.top_k
 softmax, sigmoid = elementary.softmax, elementary.sigmoid
 apply_rope, short_conv, mhc_post = rope.apply_rope, conv.short_conv, mhc.mhc_post
-grouped_attention = gqa.grouped_attention
 choose_experts, topk_indices = router.choose_experts, indexer.topk_indices
 
 
@@ -80,6 +79,14 @@ def expanded_attention(q, sinks, keys, visible, kv_b, scale):
 
 def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
     return mla.sparse_attention(q, sinks, keys, indices, position, matrix(kv_b), scale)
+
+
+def grouped_attention(q, keys, values, visible, scale):
+    return gqa.grouped_attention(q, keys, values, visible, scale, None)
+
+
+def grouped_attention_with_sinks(q, keys, values, visible, scale, sink_keys, sink_values):
+    return gqa.grouped_attention(q, keys, values, visible, scale, {"keys": sink_keys, "values": sink_values})
 
 
 # ---------------------------------------------------------------- steps of decoding, for layers with a cache

@@ -119,12 +119,23 @@ def test_expanded_attention(flash, value, gradient):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_grouped_attention(flash, gradient):
-    visible = ANY.integers(0, 2, (BATCH, LENGTH, 1, PLACES)).astype(bool)
+@pytest.mark.parametrize("sinks, value", [(0, 6), (3, 4)])
+def test_grouped_attention(flash, gradient, sinks, value):
+    """Values as wide as keys, and narrower ones behind sinks."""
+    def without(attention):
+        return lambda q, keys, values, visible, scale: attention(q, keys, values, visible, scale, None)
+
+    def behind(attention):
+        return lambda q, keys, values, visible, sink_keys, sink_values, scale: attention(
+            q, keys, values, visible, scale, {"keys": sink_keys, "values": sink_values})
+
+    call = behind if sinks else without
+    visible = ANY.integers(0, 2, (BATCH, LENGTH, 1, sinks + PLACES)).astype(bool)
     visible[..., 0] = True
-    keys, values = (normal(BATCH, PLACES, 2, 6) for _ in range(2))
-    agree(ascend_attention.grouped_attention, grouped_query_attention.grouped_attention.formula,
-          (normal(BATCH, LENGTH, 4, 6), keys, values, ms.Tensor(visible)), (SCALE,), gradient)
+    keys, values = normal(BATCH, PLACES, 2, 6), normal(BATCH, PLACES, 2, value)
+    own = (normal(sinks, 2, 6), normal(sinks, 2, value)) if sinks else ()
+    agree(call(ascend_attention.grouped_attention), call(grouped_query_attention.grouped_attention.formula),
+          (normal(BATCH, LENGTH, 4, 6), keys, values, ms.Tensor(visible), *own), (SCALE,), gradient)
 
 
 def sparse_flash_attention(query, key, value, sparse_indices, scale_value, actual_seq_lengths_query=None,

@@ -92,18 +92,22 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
     values = ops.reshape(values, (batch, rows, groups * value))
     q = ops.reshape(ops.expand_dims(q, 3) * reads, (batch, length * heads, groups * width))
     score = ops.BatchMatMul(transpose_b=True)(q, keys)                          # [B, T * N, S]
-    if sinks is not None:
-        first = sinks["keys"].shape[0]
-        score = ops.cat((ops.matmul(q, ops.transpose(ops.reshape(sinks["keys"], (first, -1)), (1, 0))), score), 2)
-    prob = masked_softmax(ops.reshape(score, (batch, length, heads, -1)), visible, scale)
-    prob = ops.reshape(prob, (batch, length * heads, -1))
     if sinks is None:
-        out = ops.BatchMatMul()(prob, values)
+        out = ops.BatchMatMul()(_seen(score, visible, scale), values)
     else:
-        out = (ops.matmul(prob[:, :, :first], ops.reshape(sinks["values"], (first, -1)))
-               + ops.BatchMatMul()(prob[:, :, first:], values))
+        count = sinks["keys"].shape[0]
+        sink_score = ops.matmul(q, ops.transpose(ops.reshape(sinks["keys"], (count, -1)), (1, 0)))
+        prob = _seen(ops.cat((sink_score, score), 2), visible, scale)
+        out = (ops.matmul(prob[:, :, :count], ops.reshape(sinks["values"], (count, -1)))
+               + ops.BatchMatMul()(prob[:, :, count:], values))
     out = ops.reshape(out, (batch, length, heads, groups, value))
     return ops.reshape(ops.sum(out * reads, 3), (batch, length, heads * value))
+
+
+def _seen(score, visible, scale):
+    """Scores [B, T * N, S] -> probabilities of what is visible, bool [B, T, 1, S]."""
+    by_head = ops.reshape(score, (score.shape[0], visible.shape[1], -1, score.shape[2]))
+    return ops.reshape(masked_softmax(by_head, visible, scale), score.shape)
 
 
 def choose_experts(logits, bias, scale, normalise):
