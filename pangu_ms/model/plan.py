@@ -130,6 +130,7 @@ class MoE:
         shared_intermediate_size: width of the shared expert.
         normalise: the weights of a token's experts are divided by their sum.
         scale: factor of those weights.
+        selection_bias: a learned number for each expert is added to its score before the choice, and does not weigh.
     """
 
     num_experts: int
@@ -138,6 +139,7 @@ class MoE:
     shared_intermediate_size: int
     normalise: bool
     scale: float
+    selection_bias: bool = True
 
 
 @dataclass(frozen=True)
