@@ -17,7 +17,7 @@ from pangu_ms.parallel import collectives
 @replaceable
 def grouped_query(x, weights, step):
     """x [B, T, H] -> rotated queries [B, T, N, D]. weights: query, a matrix; width, D."""
-    return apply_rope(_heads(linear(x, weights["query"]), weights), step["cos"], step["sin"], 0)
+    return apply_rope(_heads(linear(x, weights["query"]), weights), step["rope"], 0)
 
 
 @replaceable
@@ -27,7 +27,7 @@ def grouped_keys_values(x, weights, cache, step):
     cache: keys and values, growing tensors [B * S, G * D], updated in place; or None: S is T, the rows themselves.
     weights: key and value, matrices; width, D.
     """
-    keys = apply_rope(_heads(linear(x, weights["key"]), weights), step["cos"], step["sin"], 0)      # [B, T, G, D]
+    keys = apply_rope(_heads(linear(x, weights["key"]), weights), step["rope"], 0)      # [B, T, G, D]
     values = linear(x, weights["value"])                                        # [B, T, G * D]
     if cache is not None:
         keys = append(cache["keys"], ops.reshape(keys, values.shape), step["slots"])
