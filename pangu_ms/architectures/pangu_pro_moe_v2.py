@@ -174,7 +174,7 @@ class PanguProMoEV2Config(Config):
                    for depth in range(1, self.num_mtp_layers + 1)]
         return Plan(self.vocab_size, self.hidden_size, tuple(layers), self.rms_norm_eps, self.rope_theta,
                     self.qk_rope_dim, self.max_position_embeddings, self.initializer_range, self.compute_dtype,
-                    mtp_hidden="final")
+                    mtp_hidden="final", rope_interleaved=True)
 
     @property
     def tensors(self) -> Table:

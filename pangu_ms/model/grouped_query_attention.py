@@ -19,7 +19,7 @@ from pangu_ms.parallel import collectives
 @replaceable
 def grouped_query(x, weights, step):
     """x [B, T, H] -> rotated queries [B, T, N, D]. weights: query, see `_project`; width, D."""
-    return apply_rope(_heads(_project(x, weights["query"]), weights["width"]), step["cos"], step["sin"], 0)
+    return apply_rope(_heads(_project(x, weights["query"]), weights["width"]), step["rope"], 0)
 
 
 @replaceable
@@ -33,7 +33,7 @@ def grouped_keys_values(x, weights, cache, step):
     keys = _heads(_project(x, weights["key"]), weights["width"])                # [B, T, G, D]
     if "key_norm" in weights:
         keys = rms_norm(keys, weights["key_norm"])
-    keys = apply_rope(keys, step["cos"], step["sin"], 0)
+    keys = apply_rope(keys, step["rope"], 0)
     values = _project(x, weights["value"])                                      # [B, T, G * Dv]
     groups = values.shape[-1] // weights["value_width"]
     if cache is not None:

@@ -143,6 +143,7 @@ class MoE:
         shared_intermediate_size: width of the shared expert.
         normalise: the weights of a token's experts are divided by their sum.
         scale: factor of those weights.
+        selection_bias: a learned number for each expert is added to its score before the choice, and does not weigh.
     """
 
     num_experts: int
@@ -151,6 +152,7 @@ class MoE:
     shared_intermediate_size: int
     normalise: bool
     scale: float
+    selection_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,7 @@ class Plan:
     Attributes:
         layers: the trunk's, then the MTP layers by depth.
         rope_theta, rope_dim, max_positions: of the rotary angles that all layers share.
+        rope_interleaved: pairs are neighbours, otherwise the first half is paired with the second.
         initializer_range: standard deviation of parameters that nothing else sets.
         dtype: what the network computes in, "float32", "float16" or "bfloat16".
         mtp_hidden: what MTP depth 1 reads of the trunk: "merged", before the final norm, or "final", after it.
@@ -217,6 +220,7 @@ class Plan:
     dtype: str
     mtp_hidden: str = "merged"
     tied_head: bool = False
+    rope_interleaved: bool = False
 
     @functools.cached_property
     def trunk(self) -> tuple[Layer, ...]:

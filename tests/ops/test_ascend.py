@@ -52,7 +52,7 @@ FORMS = {
     # name: (arguments, constants behind them, primitives of the forward graph, of the gradient's, the result's shape)
     "rms_norm": ((bf16(1, 512, HIDDEN), bf16(HIDDEN)), (1e-5,), {"RmsNorm"}, {"RmsNormGrad"}, (1, 512, HIDDEN)),
     "swiglu": ((bf16(512, EXPERT), bf16(512, EXPERT)), (), {"Swiglu"}, {"SwigluGrad"}, (512, EXPERT)),
-    "apply_rope": ((bf16(1, 512, HEADS, WIDTH), *(of(ms.float32, 1, 512, 1, ROPE // 2),) * 2), (WIDTH - ROPE,),
+    "apply_rope": ((bf16(1, 512, HEADS, WIDTH), *(of(ms.float32, 1, 512, 1, ROPE // 2),) * 2), (WIDTH - ROPE, True),
                    {"RotaryPositionEmbedding"}, {"RotaryPositionEmbeddingGrad"}, (1, 512, HEADS, WIDTH)),
     "top_k": ((of(ms.float32, 1, 512, 8192),), (TOPK,), {"TopkExt"}, None, (1, 512, TOPK)),
     "cross_entropy": ((bf16(1, 4096, HIDDEN), bf16(CONFIG.vocab_size, HIDDEN), of(ms.int32, 1, 4096),

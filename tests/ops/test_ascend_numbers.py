@@ -269,20 +269,28 @@ def test_experts_grouped(monkeypatch, gradient, shape, elsewhere):
 
 # ---------------------------------------------------------------- small ones
 
+def turns(apply_rope):
+    def call(x, cos, sin, start, interleaved):
+        return apply_rope(x, {"cos": cos, "sin": sin, "interleaved": interleaved}, start)
+    return call
+
+
 def rotary_position_embedding(x, cos, sin, mode):
-    """BSND, mode 0: x * cos + [-second half, first half] * sin, all of one dtype."""
-    assert mode == 0 and x.dtype == cos.dtype == sin.dtype and cos.shape == (x.shape[0], x.shape[1], 1, x.shape[3])
+    """BSND, all of one dtype. x * cos + y * sin: mode 0, y is [-second half, first half]; mode 1, the same in pairs."""
+    assert mode in (0, 1) and x.dtype == cos.dtype == sin.dtype and cos.shape == (x.shape[0], x.shape[1], 1, x.shape[3])
     half = x.shape[3] // 2
+    if mode == 1:
+        return x * cos + ops.reshape(ops.stack((-x[..., 1::2], x[..., ::2]), -1), x.shape) * sin
     return x * cos + ops.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
-@pytest.mark.parametrize("start, width", [(0, 4), (0, 7), (3, 7), (2, 9)])
-def test_apply_rope(monkeypatch, start, width):
+@pytest.mark.parametrize("start, width, interleaved", [(0, 4, False), (0, 7, True), (3, 7, False), (2, 9, True)])
+def test_apply_rope(monkeypatch, start, width, interleaved):
     monkeypatch.setattr(ascend, "_ROTATE", rotary_position_embedding)
     angle = ANY.normal(size=(BATCH, LENGTH, 1, 2)).astype(np.float32)
     arguments = normal(BATCH, LENGTH, HEADS, width), ms.Tensor(np.cos(angle)), ms.Tensor(np.sin(angle))
     for gradient in (False, True):
-        agree(ascend.apply_rope, rope.apply_rope.formula, arguments, (start,), gradient)
+        agree(turns(ascend.apply_rope), turns(rope.apply_rope.formula), arguments, (start, interleaved), gradient)
 
 
 def swiglu(x, dim):

@@ -30,8 +30,8 @@ def masked_softmax(score, visible, scale):
     return operator("MaskedSoftmax")(score, visible, scale)
 
 
-def apply_rope(x, cos, sin, start):
-    return operator("Rotate")(x, cos, sin, start)
+def apply_rope(x, rope, start):
+    return operator("Rotate")(x, rope["cos"], rope["sin"], start, rope["interleaved"])
 
 
 def rotary_angles(coarse, fine, position):
@@ -62,8 +62,9 @@ def mhc_merge(streams, gates):
                                             gates["beta"], gates["norm"]["eps"])
 
 
-def latent_rows(latent, kv, norm, cos, sin):
-    return operator("LatentRows")(latent, kv, norm["weight"], cos, sin, norm["eps"])
+def latent_rows(latent, kv, norm, rope):
+    return operator("LatentRows")(latent, kv, norm["weight"], rope["cos"], rope["sin"], norm["eps"],
+                                  rope["interleaved"])
 
 
 def expanded_attention(q, sinks, keys, visible, kv_b, scale):
