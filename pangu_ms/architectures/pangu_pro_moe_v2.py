@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pangu_ms.architectures.fields import (
     COMPUTE_DTYPES, Config, choice_problems, implied_defaults, listed, size_problems,
 )
-from pangu_ms.architectures.openpangu_v2 import DENSE, MOE, MTP
+from pangu_ms.architectures.openpangu_v2 import COPIES, DENSE, EMBEDDINGS, HEAD, MOE, MTP
 from pangu_ms.architectures.tensors import (
-    EMBEDDING, HEAD_COLUMNS, KV_HEAD_COLUMNS, KV_HEAD_ROWS, NORMAL, ONE, OUTPUT, POST_NORM, ROWS, WHOLE, Table,
+    HEAD_COLUMNS, KV_HEAD_COLUMNS, KV_HEAD_ROWS, NORMAL, ONE, OUTPUT, POST_NORM, WHOLE, Table,
 )
 from pangu_ms.errors import ConfigError
 from pangu_ms.model.plan import FeedForward, GroupedQueryAttention, Layer, MoE, Plan
@@ -45,9 +45,7 @@ SINK_VALUES = (
     ("self_attn.param_sink_value", "sinks kv_heads v", (KV_HEAD_COLUMNS,), "sink", None, NORMAL),
 )
 TENSORS = Table(
-    first=(
-        ("model.embed_tokens.weight", "vocab hidden", (ROWS,), "embedding", None, EMBEDDING),
-    ),
+    first=EMBEDDINGS,
     layers=(
         (lambda layer: True, EVERY_LAYER),
         (lambda layer: layer.attention.sinks, SINK_KEYS),
@@ -56,11 +54,8 @@ TENSORS = Table(
         (lambda layer: layer.moe, MOE),
         (lambda layer: layer.mtp_depth > 0, MTP),
     ),
-    last=(
-        ("lm_head.weight", "vocab hidden", (ROWS,), "head", None, NORMAL),
-        ("model.norm.weight", "hidden", WHOLE, "norm", None, ONE),
-    ),
-    copies={"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"},
+    last=HEAD,
+    copies=COPIES,
     spellings={"mlp.gate.e_score_correction_bias": "mlp.e_score_correction_bias"},
 )
 
