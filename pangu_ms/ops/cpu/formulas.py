@@ -107,8 +107,9 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
 
 def _seen(score, visible, scale):
     """Scores [B, T * N, S] -> probabilities of what is visible, bool [B, T, 1, S]."""
-    by_head = ops.reshape(score, (score.shape[0], visible.shape[1], -1, score.shape[2]))
-    return ops.reshape(masked_softmax(by_head, visible, scale), score.shape)
+    batch, pairs, length = score.shape[0], score.shape[1], visible.shape[1]
+    prob = masked_softmax(ops.reshape(score, (batch, length, pairs // length, -1)), visible, scale)
+    return ops.reshape(prob, (batch, pairs, -1))
 
 
 def choose_experts(logits, bias, scale, normalise):
