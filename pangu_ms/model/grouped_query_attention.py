@@ -70,7 +70,7 @@ def behind_sinks(rows, sinks):
 
 
 def _project(x, matrix):
-    """x [B, T, H] through a matrix; where x is what a fused projection gave, the columns from `first` to `end` of it."""
+    """x [B, T, H] through a matrix. Where x is what a fused projection gave: its columns from `first` to `end`."""
     return x[..., matrix["first"]:matrix["end"]] if "first" in matrix else linear(x, matrix)
 
 
