@@ -6,6 +6,7 @@ import pytest
 from pangu_ms.architectures import config_from_dict
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_pro_moe_v2 import PanguProMoEV2Config
 from pangu_ms.yaml_file import read_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -32,6 +33,17 @@ def test_embedded_is_embedded():
     assert model_config("predict_embedded_7b.yaml", "pangu_embedded") == wanted
     toy = model_config("pretrain_toy_cpu.yaml", "pangu_embedded")
     assert toy.parameter_count()["trunk"] < 2_000_000 and toy.plan.tied_head and toy.plan.layers[0].attention.bias
+
+
+@pytest.mark.parametrize("name", ["predict_r_72b.yaml", "finetune_r_72b_sft.yaml"])
+def test_r_72b_is_r_72b(name):
+    assert model_config(name, "pangu_pro_moe_v2") == PanguProMoEV2Config.r_72b(compute_dtype="bfloat16")
+
+
+def test_its_toy_is_small_and_has_what_it_has():
+    plan = (config := model_config("pretrain_toy_cpu.yaml", "pangu_pro_moe_v2")).plan
+    assert config.parameter_count()["trunk_and_mtp"] < 5_000_000
+    assert [layer.moe for layer in plan.layers] == [False, True, True, True, True] and len(plan.mtp_layers) == 1
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")

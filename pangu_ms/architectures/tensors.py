@@ -7,7 +7,7 @@ layer do not exist here; `mtp_copies` names them.
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pangu_ms.errors import ConfigError
 from pangu_ms.model.plan import Layer
@@ -19,6 +19,7 @@ EXPERT = ("members", "expert", "experts")
 ROWS, HEAD_ROWS = ("rows", "tensor", None), ("rows", "tensor", "heads")
 KV_HEAD_ROWS = ("rows", "tensor", "kv_heads")
 COLUMNS, HEAD_COLUMNS = ("columns", "tensor", None), ("columns", "tensor", "heads")
+KV_HEAD_COLUMNS = ("columns", "tensor", "kv_heads")
 
 INT8 = "int8"        # the Int8 release stores it as int8 with a `_scale` beside it (section 10)
 FLOAT32 = "float32"  # stays float32 in a bfloat16 checkpoint: rounding it would change which experts are chosen
@@ -41,6 +42,7 @@ class Table:
         layers: pairs (condition on a `Layer`, rows); names go below "model.layers.{i}.".
         copies: stored a second time in every MTP layer of the release: name below the layer -> what it repeats.
         computed: names below a layer that a release may store although they follow from the config: never read.
+        spellings: other name below a layer that a file may give a tensor -> the release's.
     """
 
     first: tuple[tuple, ...]
@@ -48,6 +50,7 @@ class Table:
     last: tuple[tuple, ...]
     copies: dict[str, str]
     computed: tuple[str, ...] = ()
+    spellings: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Parameter:
 
     Attributes:
         row_pattern: (periods, sizes): the rows are `periods` times the sizes in turn. What stands at one place of the
-            pattern, over all periods, is one linear map: the nope rows of all heads, for example.
+            pattern, over all periods, is one linear map: the nope rows of all heads, for example. Ranks that share the
+            rows share the periods; of a single period each of them has a part of every size, one below the other.
         layer: of the plan; None for what belongs to no layer.
     """
 
@@ -102,6 +106,18 @@ class Parameter:
     @property
     def columns(self) -> int:
         return math.prod(self.member_shape[1:])
+
+    @property
+    def shared_rows(self) -> tuple[int, ...]:
+        """The rows in parts, of each of which ranks that share the rows have one piece."""
+        periods, sizes = self.row_pattern
+        return sizes if periods == 1 else (self.rows,)
+
+    def joined_pattern(self, parts: int) -> tuple[int, tuple[int, ...]]:
+        """`row_pattern` of what so many ranks hold, one below the other."""
+        if len(self.shared_rows) == 1:
+            return self.row_pattern
+        return parts, tuple(size // parts for size in self.shared_rows)
 
     @property
     def count(self) -> int:
@@ -154,6 +170,12 @@ def mtp_copies(config) -> dict[str, str]:
 def computed_tensors(config) -> set[str]:
     """Names of tensors that a release may store and nothing reads, because they follow from the config."""
     return {layer_prefix(layer.index) + name for layer in config.plan.layers for name in config.tensors.computed}
+
+
+def spellings(config) -> dict[str, str]:
+    """Other names that a released file may give tensors -> their names."""
+    return {layer_prefix(layer.index) + other: layer_prefix(layer.index) + name
+            for layer in config.plan.layers for other, name in config.tensors.spellings.items()}
 
 
 def has_gradient(name: str) -> bool:

@@ -1,16 +1,12 @@
 """What a compiled step does to the tensors of the cache: where rows lie, reading and writing them in place.
 
-The row of position p lies at slot p of a growing tensor, and at slot p mod R of a ring of R rows.
+The row of position p lies at slot p mod R of a ring of R rows. A growing tensor is a ring that has room for all: there
+it is slot p, and a row before the text, which means nothing, lies at the end and not among those of another sequence.
 """
 import mindspore as ms
 from mindspore import ops
 
 from pangu_ms.device import replaceable
-
-
-def growing_slots(position, capacity):
-    """position int32 [B, T] -> slots int32 [B, T] in a growing tensor [B * capacity, D]."""
-    return position + ops.expand_dims(ops.arange(position.shape[0], dtype=ms.int32) * capacity, 1)
 
 
 def ring_slots(position, size, decode, count=None):

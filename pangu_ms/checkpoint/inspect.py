@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pangu_ms.architectures.fields import Config
-from pangu_ms.architectures.tensors import Parameter, computed_tensors, mtp_copies, parameters
+from pangu_ms.architectures.tensors import Parameter, computed_tensors, mtp_copies, parameters, spellings
 from pangu_ms.checkpoint.copying import BLOCK, fill, steps
 from pangu_ms.checkpoint.directory import checkpoint_directory, rank_directories, read_config
 from pangu_ms.checkpoint.dtypes import CARRIERS, NAMES, to_float32
@@ -155,6 +155,9 @@ def _component_of(config: Config) -> dict[str, str]:
             "mtp" if layer and layer.mtp_depth else tensor.parameter.component
     for name in computed_tensors(config):
         found[name] = "computed"
+    for other, name in spellings(config).items():
+        if name in found:
+            found[other] = found[name]
     return found
 
 

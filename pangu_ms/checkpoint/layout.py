@@ -58,12 +58,21 @@ class LayoutTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * CARRIERS[self.dtype].itemsize
 
-    def view(self, whole: np.ndarray) -> np.ndarray:
-        """The part of the parameter's array `whole` that this tensor holds, as a view."""
-        first, last = self.slices[0], self.slices[-1]
-        rows, columns = slice(first.row, first.row + first.rows), slice(first.column, first.column + first.columns)
-        members = (slice(first.member, last.member + 1),) if self.parameter.stacked else ()
-        return whole[members + ((rows, columns) if len(self.parameter.member_shape) == 2 else (rows,))]
+    def part_of(self, whole: np.ndarray) -> np.ndarray:
+        """What this tensor holds of the parameter's array `whole`."""
+        return np.concatenate([_rectangle(whole, part) for part in self.slices]).reshape(self.shape)
+
+    def write_into(self, whole: np.ndarray, values: np.ndarray) -> None:
+        """Put the values of this tensor where they belong in the parameter's array `whole`, which is contiguous."""
+        values = values.reshape(self.rows, self.columns)
+        for part in self.slices:
+            _rectangle(whole, part)[...] = values[part.at:part.at + part.rows]
+
+
+def _rectangle(whole: np.ndarray, part: Slice) -> np.ndarray:
+    """A slice of the parameter's array, as a view."""
+    matrix = whole.reshape(part.parameter.members, part.parameter.rows, part.parameter.columns)[part.member]
+    return matrix[part.row:part.row + part.rows, part.column:part.column + part.columns]
 
 
 def released(config: Config, copies: bool = True) -> list[LayoutTensor]:
@@ -84,10 +93,19 @@ def stacked(config: Config, ranks: Ranks = Ranks()) -> list[LayoutTensor]:
 
 def sliced(p: Parameter, ranks: Ranks = Ranks()) -> LayoutTensor:
     """The tensor that one rank stores of a parameter; by default the whole parameter."""
-    extent = {"members": (0, p.members), "rows": (0, p.rows), "columns": (0, p.columns)}
+    extent = {"members": [(0, p.members)], "rows": [(0, p.rows)], "columns": [(0, p.columns)]}
     for split in p.splits:
-        length = extent[split.axis][1] // ranks.size(split.over)
-        extent[split.axis] = (ranks.index(split.over) * length, length)
-    (first, members), (row, rows), (column, columns) = extent.values()
-    slices = tuple(Slice(p, first + i, row, rows, column, columns, i * rows) for i in range(members))
-    return LayoutTensor(p.name, p.local_shape(ranks), slices)
+        size, index, first = ranks.size(split.over), ranks.index(split.over), 0
+        if split.axis == "rows" and size > 1:
+            extent["rows"] = [(0, rows) for rows in p.shared_rows]
+        for i, (_, length) in enumerate(extent[split.axis]):
+            extent[split.axis][i] = first + index * length // size, length // size
+            first += length
+    (first, members), = extent["members"]
+    (column, columns), = extent["columns"]
+    slices, at = [], 0
+    for member in range(first, first + members):
+        for row, rows in extent["rows"]:
+            slices.append(Slice(p, member, row, rows, column, columns, at))
+            at += rows
+    return LayoutTensor(p.name, p.local_shape(ranks), tuple(slices))

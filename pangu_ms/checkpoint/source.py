@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pangu_ms.architectures.fields import Config
-from pangu_ms.architectures.tensors import INT8, computed_tensors, mtp_copies, parameters
+from pangu_ms.architectures.tensors import INT8, computed_tensors, mtp_copies, parameters, spellings
 from pangu_ms.checkpoint.copying import BLOCK, Copy, fill, same_bytes, steps
 from pangu_ms.checkpoint.directory import checkpoint_directory, rank_directories, read_config
 from pangu_ms.checkpoint.dtypes import CARRIERS
@@ -122,6 +122,9 @@ class Source:
             self.computed = sorted(computed_tensors(self.config) & found.keys())
             for name in self.computed:
                 del found[name]
+            for other, name in spellings(self.config).items():
+                if other in found and name not in found:
+                    found[name] = found.pop(other)
         missing: dict[str, tuple[int, ...]] = {}
         wrong: list[str] = []
 
@@ -149,10 +152,10 @@ class Source:
             for part in tensor.slices:
                 others = self.held.setdefault((part.parameter.name, part.member), [])
                 same = [other for held, other in others if (held.row, held.column) == (part.row, part.column)]
-                if same:
-                    self.repeats.append((stored, same[0]))
-                else:
+                if not same:
                     others.append((part, stored))
+                elif part is tensor.slices[0]:                                  # what repeats one, repeats the others
+                    self.repeats.append((stored, same[0]))
         if missing or found or wrong:
             kinds = {"missing": [f"{name} {list(shape)}" for name, shape in missing.items()],
                      "unexpected": sorted(found), "wrong": wrong}

@@ -136,16 +136,18 @@ class GroupedCost:
     """The same of grouped-query attention, whose heads are all shared by tensor ranks.
 
     Attributes:
-        keys: rows in memory that a query is multiplied with: all that fused attention sees, otherwise the capacity.
-        pairs: query-key pairs of the scores.
+        keys: rows in memory that a query is multiplied with, without sinks: all that fused attention sees, otherwise
+            the capacity.
+        pairs: query-key pairs of the scores, sinks included.
     """
 
     def __init__(self, attention: GroupedQueryAttention, case: Case, calls: Calls):
         a, fused, rows, past = attention, case.work.fused, calls.rows, calls.past
         self.attention, self.case, self.calls, self.heads = a, case, calls, a.num_heads // case.ranks.tensor
-        self.row = 2 * a.num_kv_heads // case.ranks.tensor * a.head_dim         # values of a token's keys and values
+        self.groups = a.num_kv_heads // case.ranks.tensor
+        self.row = self.groups * (a.head_dim + a.v_head_dim)                    # numbers of a token's keys and values
         self.keys = rows + past if fused else calls.capacity
-        self.pairs = visible_pairs(past, rows, None) if fused else rows * self.keys
+        self.pairs = (visible_pairs(past, rows, None) if fused else rows * self.keys) + rows * a.sinks
 
     def rows_through(self, name: str) -> np.ndarray:
         """Rows of each call that pass through one of the layer's matrices."""
@@ -154,16 +156,22 @@ class GroupedCost:
     def flops(self) -> dict[str, float]:
         """Scores and weighted values of all sequences."""
         a = self.attention
-        return {f"scores_{a.kind}": self.case.sequences * self.heads * self.calls.total(self.pairs) * 4 * a.head_dim}
+        pair = 2 * (a.head_dim + a.v_head_dim)
+        return {f"scores_{a.kind}": self.case.sequences * self.heads * self.calls.total(self.pairs) * pair}
 
     def activations(self) -> dict[str, np.ndarray]:
         """What it computes and its backward reads, bytes [C] of all sequences; `d` and `wide` as in `LatentCost`."""
-        heads, rows, d, width = self.heads, self.calls.rows, self.case.width, self.attention.head_dim
+        a, heads, groups, rows, d = self.attention, self.heads, self.groups, self.calls.rows, self.case.width
         plain = not self.case.work.fused
-        # Queries and keys: projected and rotated; wide between. Values, and what the heads give.
-        found = {"projections": rows * ((heads * width + self.row // 2) * (3 * d + 4 * plain)),
-                 # Plain: keys and values once more, head by head. Fused: as they lie.
-                 "keys_values": self.keys * self.row * d * plain,
+        wide = 4 * plain
+        # Queries and keys: projected and rotated; wide between. Values, and what the heads give. Keys that are normed
+        # once more, and the parts of a fused projection.
+        of_row = (heads + groups) * (a.head_dim * (2 * d + wide) + a.v_head_dim * d)
+        of_row += groups * a.head_dim * (d + wide) * a.key_norm + (heads * a.head_dim + self.row) * d * a.fused
+        # Plain: keys and values once more, head by head. Fused: as they lie, but behind sinks, and one width for all.
+        copied = self.row if plain else 2 * groups * a.head_dim * (a.sinks > 0)
+        found = {"projections": rows * of_row,
+                 "keys_values": (self.keys + a.sinks) * copied * d,
                  # Plain: each score in float32 for the softmax, then as a probability. Fused: a float32 sum a query.
                  "scores": heads * (self.pairs * (4 + d) if plain else rows * 4)}
         return {name: self.case.sequences * value for name, value in found.items()}

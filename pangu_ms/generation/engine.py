@@ -7,7 +7,7 @@ from pangu_ms.cache.sizes import FIRST_CAPACITY
 from pangu_ms.cache.state import Cache
 from pangu_ms.generation.chunks import PREFILL_CHUNK
 from pangu_ms.generation.shapes import FixedShapes, OpenShapes
-from pangu_ms.generation.steps import SLACK, Draft, Step
+from pangu_ms.generation.steps import SLACK, Draft, Step, first_growing
 
 
 class Engine:
@@ -30,6 +30,9 @@ class Engine:
         self.model, self.drafts = model, num_draft_tokens
         plan = model.plan
         self.depths = len(plan.mtp_layers) if num_draft_tokens else 0
+        self.drafts_grow = first_growing(plan.mtp_layers) is not None
+        if num_draft_tokens:                                                    # rows before a short text lie at the end
+            capacity = max(capacity, SLACK)
         policy = FixedShapes if device.wants_fixed_shapes() else OpenShapes
         self.shapes = policy(plan, capacity, expected + num_draft_tokens)
         self.cache = Cache(plan, plan.layers[:len(plan.trunk) + self.depths], batch, self.shapes.capacity,
@@ -87,10 +90,12 @@ class Engine:
         texts: the known ids of each sequence, of which all but the last are in the cache.
         """
         window = Draft.window(self.drafts, self.depths)
+        # In tensors that grow drafts take room, as much as verifying them will.
+        _, _, capacity = self.shapes.compiled(self.cache, 1 + self.drafts, False)
         # Before the beginning of a short text the window holds rows that mean nothing and are seen by none.
         tokens = np.array([([0] * window + text[1:])[-window:] for text in texts], np.int32)
         starts = np.array([[len(text) - 1 - window] for text in texts], np.int32)
-        step = self.model.function(Draft, self.cache.batch, self.drafts)
+        step = self.model.function(Draft, self.cache.batch, self.drafts, capacity if self.drafts_grow else None)
         drafts, logits = step(ms.Tensor(tokens), ms.Tensor(starts), step.arguments(self.cache))
         return drafts.asnumpy(), logits
 

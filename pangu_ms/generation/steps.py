@@ -47,9 +47,7 @@ class Step(nn.Cell):
         self.layers = plan.layers if self.depths else plan.trunk
         self.names = names_of(self.layers)
         self.step_info = StepInfo(plan, self.layers, slack)
-        # A tensor that tells the capacity; where no layer's grows, nothing needs it.
-        self.growing = next(((i, name) for i, layer in enumerate(self.layers)
-                             for name, each in layer.attention.cache_tensors.items() if each.rows is None), None)
+        self.growing = first_growing(self.layers)
         self.trunk, self.phase = len(plan.trunk), ONE_GRAPH
         counted = () if chunk is None else (ms.Tensor(shape=[1], dtype=ms.int32),)
         width = length if self.decode or chunk is None else chunk + self.depths
@@ -64,10 +62,7 @@ class Step(nn.Cell):
         cache = named(self.names, tensors)
         new = ids[:, :-self.depths] if self.depths else ids
         position = start + ops.arange(new.shape[1], dtype=ms.int32)             # [B, T]
-        capacity = 1
-        if self.growing is not None:
-            capacity = cache[self.growing[0]][self.growing[1]].shape[0] // ids.shape[0]
-        step = self.step_info(position, capacity, self.decode, self.sparse, count)
+        step = self.step_info(position, capacity_of(cache, self.growing, ids.shape[0]), self.decode, self.sparse, count)
         merged, _ = self.causal_lm.model(new, step, cache)
         if self.decode:
             shown = merged
@@ -100,20 +95,23 @@ class Draft(nn.Cell):
     ahead, drafts included. -> drafts int32 [B, drafts], their logits float32 [B, drafts, vocab_size].
 
     M = `window(drafts, depths)` rows are computed, although only the last one drafts: those that the last draft step
-    computed with drafts which were not accepted are thereby written anew, in the layers' rings.
+    computed with drafts which were not accepted are thereby written anew, in the layers' tensors.
+
+    capacity: for a device that wants every shape known, as in `Step`.
     """
 
-    def __init__(self, causal_lm, batch, drafts):
+    def __init__(self, causal_lm, batch, drafts, capacity=None):
         super().__init__(auto_prefix=False)
         self.causal_lm, plan = causal_lm, causal_lm.plan
         self.depths, self.trunk = min(drafts, len(plan.mtp_layers)), len(plan.trunk)
         self.repeats = drafts - self.depths                                     # of the last layer, on its own output
         layers = plan.mtp_layers[:self.depths]
-        self.names = names_of(layers)
+        self.names, self.growing = names_of(layers), first_growing(layers)
         self.step_info = StepInfo(plan, layers, SLACK)
         self.phase = ONE_GRAPH
         self.set_inputs(ms.Tensor(shape=[batch, Draft.window(drafts, self.depths)], dtype=ms.int32),
-                        ms.Tensor(shape=[batch, 1], dtype=ms.int32), _open_tensors(causal_lm, layers, batch, SLACK))
+                        ms.Tensor(shape=[batch, 1], dtype=ms.int32),
+                        _open_tensors(causal_lm, layers, batch, SLACK, capacity))
 
     @staticmethod
     def window(drafts, depths):
@@ -126,13 +124,14 @@ class Draft(nn.Cell):
     def construct(self, tokens, start, tensors):
         cache, ring = named(self.names, tensors), tensors[len(self.names)][0]
         position = start + ops.arange(tokens.shape[1], dtype=ms.int32)          # [B, M]
-        step = self.step_info(position, 1, True, False)
+        capacity = capacity_of(cache, self.growing, tokens.shape[0])
+        step = self.step_info(position, capacity, True, False)
         hidden = self.causal_lm.mtp_hidden(ops.gather(ring, in_ring(position, hidden_rows(SLACK)), 0))      # [B, M, H]
         drafts, logits = (), ()
         for depth in range(1, self.depths + self.repeats + 1):
             if depth > self.depths:                                             # one row further, for each repeat
                 tokens, hidden, position = tokens[:, -1:], hidden[:, -1:], position[:, -1:] + 1
-                step = self.step_info(position, 1, True, False)
+                step = self.step_info(position, capacity, True, False)
             head = min(depth, self.depths)
             hidden, normed, _ = self.causal_lm.mtp(head, tokens, hidden, step, cache[head - 1])
             logit = self.causal_lm.head(normed[:, -1:])                         # [B, 1, V]
@@ -140,6 +139,17 @@ class Draft(nn.Cell):
             tokens = ops.cat((tokens[:, 1:], draft), 1)
             drafts, logits = drafts + (draft,), logits + (logit,)
         return ops.cat(drafts, 1), ops.cat(logits, 1)
+
+
+def first_growing(layers):
+    """Place of a layer and name of its tensor, which tells the capacity; None where no layer's tensors grow."""
+    return next(((i, name) for i, layer in enumerate(layers)
+                 for name, each in layer.attention.cache_tensors.items() if each.rows is None), None)
+
+
+def capacity_of(cache, growing, batch):
+    """Rows of growing tensors for one sequence; 1 where there are none and nothing needs it."""
+    return 1 if growing is None else cache[growing[0]][growing[1]].shape[0] // batch
 
 
 def names_of(layers):

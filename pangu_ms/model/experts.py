@@ -140,9 +140,11 @@ class MoELayer(nn.Cell):
     def __init__(self, moe, plan, ranks):
         super().__init__()
         self.gate = Linear(plan.hidden_size, moe.num_experts, plan, ms.float32)
-        self.e_score_correction_bias = parameter((moe.num_experts,), plan, ms.float32, "zeros")
+        bias = ms.Tensor([0.0] * moe.num_experts, ms.float32)
+        if moe.selection_bias:
+            bias = self.e_score_correction_bias = parameter((moe.num_experts,), plan, ms.float32, "zeros")
         scale = ms.Tensor([moe.scale] * moe.experts_per_token, ms.float32)                  # by choice
-        self.router = {"gate": self.gate.matrix, "bias": self.e_score_correction_bias, "scale": scale,
+        self.router = {"gate": self.gate.matrix, "bias": bias, "scale": scale,
                        "normalise": moe.normalise}                              # what `route` takes
         self.experts = Experts(moe, plan, ranks)
         self.shared_experts = FeedForward(moe.shared_intermediate_size, plan, ranks)

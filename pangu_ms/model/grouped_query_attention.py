@@ -1,14 +1,16 @@
-"""Grouped-query attention: each key-value head serves a group of query heads (section 2 of the family).
+"""Grouped-query attention: each key-value head serves a group of query heads (sections 2 and 4 of the family).
 
-Query head n reads key-value head n // (N / G) of N query heads and G key-value heads. The cache keeps rotated keys and
-values, G heads of D numbers each to a row.
+Query head n reads key-value head n // (N / G) of N query heads and G key-value heads. Queries and keys are D wide,
+values Dv. The cache keeps rotated keys and values, G heads of each to a row. Learned sinks stand before all rows: they
+are in no cache and have no position.
 """
 from mindspore import nn, ops
 
 from pangu_ms.cache.rings import append
 from pangu_ms.device import replaceable
 from pangu_ms.model.elementary import masked_softmax
-from pangu_ms.model.linear import Linear, add_bias, linear, without_bias
+from pangu_ms.model.linear import Linear, add_bias, linear, parameter, without_bias
+from pangu_ms.model.norm import RMSNorm, rms_norm
 from pangu_ms.model.rope import apply_rope
 from pangu_ms.parallel import collectives
 
@@ -16,65 +18,104 @@ from pangu_ms.parallel import collectives
 
 @replaceable
 def grouped_query(x, weights, step):
-    """x [B, T, H] -> rotated queries [B, T, N, D]. weights: query, a matrix; width, D."""
-    return apply_rope(_heads(linear(x, weights["query"]), weights), step["cos"], step["sin"], 0)
+    """x [B, T, H] -> rotated queries [B, T, N, D]. weights: query, see `_project`; width, D."""
+    return apply_rope(_heads(_project(x, weights["query"]), weights["width"]), step["rope"], 0)
 
 
 @replaceable
 def grouped_keys_values(x, weights, cache, step):
-    """The keys, rotated, and values of x [B, T, H] go to the cache -> what a query may see, [B, S, G, D] each.
+    """The keys, normed and rotated, and values of x [B, T, H] go to the cache -> what a query may see, [B, S, G, D] and
+    [B, S, G, Dv].
 
-    cache: keys and values, growing tensors [B * S, G * D], updated in place; or None: S is T, the rows themselves.
-    weights: key and value, matrices; width, D.
+    cache: keys and values, growing tensors [B * S, G * D or Dv], updated in place; or None: S is T, the rows
+    themselves. weights: key and value, see `_project`; key_norm, where keys have one; width, D; value_width, Dv.
     """
-    keys = apply_rope(_heads(linear(x, weights["key"]), weights), step["cos"], step["sin"], 0)      # [B, T, G, D]
-    values = linear(x, weights["value"])                                        # [B, T, G * D]
+    keys = _heads(_project(x, weights["key"]), weights["width"])                # [B, T, G, D]
+    if "key_norm" in weights:
+        keys = rms_norm(keys, weights["key_norm"])
+    keys = apply_rope(keys, step["rope"], 0)
+    values = _project(x, weights["value"])                                      # [B, T, G * Dv]
+    groups = values.shape[-1] // weights["value_width"]
     if cache is not None:
-        keys = append(cache["keys"], ops.reshape(keys, values.shape), step["slots"])
+        keys = append(cache["keys"], ops.reshape(keys, values.shape[:2] + (groups * weights["width"],)), step["slots"])
         values = append(cache["values"], values, step["slots"])
-    shape = (x.shape[0], -1, values.shape[-1] // weights["width"], weights["width"])
-    return ops.reshape(keys, shape), ops.reshape(values, shape)
+    return (ops.reshape(keys, (x.shape[0], -1, groups, weights["width"])),
+            ops.reshape(values, (x.shape[0], -1, groups, weights["value_width"])))
 
 
 @replaceable
-def grouped_attention(q, keys, values, visible, scale):
-    """q [B, T, N, D], keys and values [B, S, G, D], visible bool [B, T, 1, S] -> [B, T, N * D].
+def grouped_attention(q, keys, values, visible, scale, sinks):
+    """q [B, T, N, D], keys [B, S, G, D], values [B, S, G, Dv], visible bool [B, T, 1, S0 + S] -> [B, T, N * Dv].
 
-    The queries of a group stand one behind the other and meet their keys in one product.
+    sinks: keys [S0, G, D], normed, and values [S0, G, Dv]; or None, S0 is 0. The queries of a group stand one behind
+    the other and meet their keys in one product.
     """
+    if sinks is not None:
+        keys, values = behind_sinks(keys, sinks["keys"]), behind_sinks(values, sinks["values"])
     batch, _, heads, width = q.shape
     rows, groups = keys.shape[1], keys.shape[2]
     q = ops.reshape(ops.transpose(q, (0, 2, 1, 3)), (batch, groups, -1, width))                 # [B, G, N / G * T, D]
     keys, values = ops.transpose(keys, (0, 2, 1, 3)), ops.transpose(values, (0, 2, 1, 3))       # [B, G, S, D]
     score = ops.reshape(ops.BatchMatMul(transpose_b=True)(q, keys), (batch, heads, -1, rows))   # [B, N, T, S]
     prob = masked_softmax(score, ops.transpose(visible, (0, 2, 1, 3)), scale)
-    out = ops.BatchMatMul()(ops.reshape(prob, (batch, groups, -1, rows)), values)               # [B, G, N / G * T, D]
+    out = ops.BatchMatMul()(ops.reshape(prob, (batch, groups, -1, rows)), values)               # [B, G, N / G * T, Dv]
+    width = values.shape[3]
     out = ops.transpose(ops.reshape(out, (batch, heads, -1, width)), (0, 2, 1, 3))
     return ops.reshape(out, (batch, -1, heads * width))
 
 
-def _heads(x, weights):
+def behind_sinks(rows, sinks):
+    """rows [B, S, G, D], sinks [S0, G, D] -> [B, S0 + S, G, D]: sinks are keys like any other, and come first."""
+    return ops.cat((ops.tile(ops.expand_dims(sinks, 0), (rows.shape[0], 1, 1, 1)), rows), 1)
+
+
+def _project(x, matrix):
+    """x [B, T, H] through a matrix. Where x is what a fused projection gave: its columns from `first` to `end`."""
+    return x[..., matrix["first"]:matrix["end"]] if "first" in matrix else linear(x, matrix)
+
+
+def _heads(x, width):
     """[B, T, heads * D] -> [B, T, heads, D]."""
-    return ops.reshape(x, (x.shape[0], -1, x.shape[-1] // weights["width"], weights["width"]))
+    return ops.reshape(x, (x.shape[0], -1, x.shape[-1] // width, width))
 
 
 # ---------------------------------------------------------------- the layer
 
 class GroupedQueryAttention(nn.Cell):
-    """One body for training, prefill and decoding; see `plan.GroupedQueryAttention` for its sizes."""
+    """One body for training, prefill and decoding; see `plan.GroupedQueryAttention` for its sizes.
+
+    The rows of a fused projection are all queries, all keys, all values, as the release stores them; of several tensor
+    parallel ranks each has those of its heads, in this order. Files of the training side (Megatron) order the rows by
+    key-value head, [its queries, its key, its value]: they have the same shape and are another matrix.
+    """
 
     def __init__(self, attention, plan, ranks):
         super().__init__()
         heads, groups = attention.num_heads // ranks.tensor, attention.num_kv_heads // ranks.tensor     # of this rank
-        hidden, width, bias = plan.hidden_size, attention.head_dim, attention.bias
-        self.q_proj = Linear(hidden, heads * width, plan, bias=bias)
-        self.k_proj = Linear(hidden, groups * width, plan, bias=bias)
-        self.v_proj = Linear(hidden, groups * width, plan, bias=bias)
-        self.o_proj = Linear(heads * width, hidden, plan, bias=bias)
+        hidden, width, value, bias = plan.hidden_size, attention.head_dim, attention.v_head_dim, attention.bias
+        self.weights, self.fused = {"width": width, "value_width": value}, attention.fused
+        if self.fused:
+            ends = heads * width, (heads + groups) * width, (heads + groups) * width + groups * value
+            self.qkv_proj = Linear(hidden, ends[2], plan, bias=bias)
+            self.weights |= {name: {"first": first, "end": end}
+                             for name, first, end in zip(("query", "key", "value"), (0, *ends), ends)}
+        else:
+            self.q_proj = Linear(hidden, heads * width, plan, bias=bias)
+            self.k_proj = Linear(hidden, groups * width, plan, bias=bias)
+            self.v_proj = Linear(hidden, groups * value, plan, bias=bias)
+            self.weights |= {"query": self.q_proj.matrix, "key": self.k_proj.matrix, "value": self.v_proj.matrix}
+        self.o_proj = Linear(heads * value, hidden, plan, bias=bias)
+        self.key_norm = attention.key_norm
+        if self.key_norm:
+            self.k_layernorm = RMSNorm(width, plan)
+            self.weights["key_norm"] = self.k_layernorm.handle
+        self.sinks, self.sink_values = attention.sinks, attention.sink_values
+        if self.sinks:
+            self.param_sink_key = parameter((self.sinks, groups, width), plan)
+            if self.sink_values:
+                self.param_sink_value = parameter((self.sinks, groups, value), plan)
         self.copy, self.reduce = collectives.copy(ranks, "tensor"), collectives.reduce(ranks, "tensor")
-        self.window, self.scale = attention.window or 0, width ** -0.5
-        self.weights = {"query": self.q_proj.matrix, "key": self.k_proj.matrix, "value": self.v_proj.matrix,
-                        "width": width}
+        self.window, self.scale, self.sharded = attention.window or 0, width ** -0.5, ranks.tensor > 1
         self.out = self.o_proj.matrix
 
     def construct(self, x, step, cache):
@@ -82,9 +123,31 @@ class GroupedQueryAttention(nn.Cell):
 
         cache: None, or this layer's tensors by name (`plan.GroupedQueryAttention.cache_tensors`), updated in place.
         """
-        x = self.copy(x)
-        q = grouped_query(x, self.weights, step)
-        keys, values = grouped_keys_values(x, self.weights, cache, step)
-        heads = grouped_attention(q, keys, values, step["visible"][self.window], self.scale)
+        x, weights = self.copy(x), self._shared_weights()
+        if self.fused:
+            x = linear(x, self.qkv_proj.matrix)
+        q = grouped_query(x, weights, step)
+        keys, values = grouped_keys_values(x, weights, cache, step)
+        heads = grouped_attention(q, keys, values, step["visible"][self.window], self.scale, self._sink_rows(weights))
         # Ranks add up what their heads give; the output's bias is added once.
         return add_bias(self.reduce(linear(heads, without_bias(self.out))), self.out), ()
+
+    def _shared_weights(self):
+        """`weights`; tensor parallel ranks sum the gradient of the norm, which all of their different keys have."""
+        if not self.sharded or not self.key_norm:
+            return self.weights
+        weights, norm = self.weights, self.weights["key_norm"]
+        return {"query": weights["query"], "key": weights["key"], "value": weights["value"],
+                "width": weights["width"], "value_width": weights["value_width"],
+                "key_norm": {"weight": self.copy(norm["weight"]), "eps": norm["eps"]}}
+
+    def _sink_rows(self, weights):
+        """Keys and values of the sinks, as `grouped_attention` takes them."""
+        if not self.sinks:
+            return None
+        keys = self.param_sink_key
+        if self.key_norm:
+            keys = rms_norm(keys, weights["key_norm"])
+        if self.sink_values:
+            return {"keys": keys, "values": self.param_sink_value}
+        return {"keys": keys, "values": ops.zeros(keys.shape[:2] + (weights["value_width"],), keys.dtype)}

@@ -21,7 +21,7 @@ def index_scores(q, keys, weight):
 def index_rows(x, weights, step):
     """The indexer's keys of x [B, T, H], the layer's normed input -> [B, T, D], normed and rotated."""
     key = ops.expand_dims(rms_norm(linear(x, weights["key"]), weights["key_norm"]), 2)
-    return ops.squeeze(apply_rope(key, step["cos"], step["sin"], 0), 2)         # unlike in the main heads, first
+    return ops.squeeze(apply_rope(key, step["rope"], 0), 2)         # unlike in the main heads, first
 
 
 def index_query(x, q_latent, weights, step):
@@ -33,7 +33,7 @@ def index_query(x, q_latent, weights, step):
     weight = ops.cast(linear(x, weights["head_weights"]), ms.float32)           # [B, T, heads]
     heads = weight.shape[-1]
     q = ops.reshape(linear(q_latent, weights["query"]), (x.shape[0], -1, heads, weights["dim"]))
-    return apply_rope(q, step["cos"], step["sin"], 0), weight * weights["scale"]
+    return apply_rope(q, step["rope"], 0), weight * weights["scale"]
 
 
 @replaceable

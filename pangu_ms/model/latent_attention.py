@@ -33,7 +33,7 @@ def latent_query(x, weights, taps, step, nope, copy):
     q_latent = rms_norm(conv_with_taps(linear(x, weights["down"]), weights["conv"], taps, step), weights["norm"])
     q = linear(copy(q_latent), weights["up"])                                   # [B, T, heads * (nope + rope)]
     by_head = ops.reshape(q, (x.shape[0], -1, weights["heads"], q.shape[-1] // weights["heads"]))
-    return q_latent, ops.reshape(apply_rope(by_head, step["cos"], step["sin"], nope), q.shape)
+    return q_latent, ops.reshape(apply_rope(by_head, step["rope"], nope), q.shape)
 
 
 @replaceable
@@ -48,7 +48,7 @@ def latent_keys(x, weights, taps, kept, step, window):
     kv = linear(x, weights["down"])                                             # [B, T, latent + rope]
     width = weights["latent"]
     rows = latent_rows(conv_with_taps(kv[..., :width], weights["conv"], taps, step), kv, weights["norm"],
-                       step["cos"], step["sin"])
+                       step["rope"])
     if kept is None:
         return rows
     if window:
@@ -78,9 +78,9 @@ def attention_output(q, sinks, keys, seen, weights, taps, step):
 # ---------------------------------------------------------------- rows and attention over them
 
 @replaceable
-def latent_rows(latent, kv, norm, cos, sin):
+def latent_rows(latent, kv, norm, rope):
     """The rows that the cache keeps: latent [B, T, latent], normed, then the key part of kv [B, T, D], rotated."""
-    k_pe = apply_rope(ops.expand_dims(kv[..., latent.shape[-1]:], 2), cos, sin, 0)
+    k_pe = apply_rope(ops.expand_dims(kv[..., latent.shape[-1]:], 2), rope, 0)
     return ops.cat((rms_norm(latent, norm), ops.squeeze(k_pe, 2)), -1)
 
 

@@ -83,10 +83,18 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class GroupedQueryAttention:
-    """Each key-value head serves a group of query heads; a query sees all before it (section 2 of the family).
+    """Each key-value head serves a group of query heads; a query sees all before it (sections 2 and 4 of the family).
+
+    Of queries and keys the first channels are rotated, as many as the plan has angles for (`Plan.rope_dim`).
 
     Attributes:
+        head_dim: width of a query and of a key.
         bias: the projections of queries, keys, values and output have one each.
+        v_head_dim: width of a value; never None on a made record: that of a key.
+        fused: one projection gives queries, keys and values.
+        key_norm: each key head is normed, before its rotation.
+        sinks: learned keys that every query sees; normed as the others, and not rotated.
+        sink_values: these have learned values too; otherwise zeros.
         conv_width: of short convolutions. One over a row alone changes nothing: there is none.
     """
 
@@ -94,24 +102,29 @@ class GroupedQueryAttention:
     num_kv_heads: int
     head_dim: int
     bias: bool
+    v_head_dim: int | None = None
+    fused: bool = False
+    key_norm: bool = False
+    sinks: int = 0
+    sink_values: bool = False
 
     kind: ClassVar[str] = "full"
     window: ClassVar[None] = None
-    sinks: ClassVar[int] = 0
     conv_width: ClassVar[int] = 1
     indexer: ClassVar[None] = None
+
+    def __post_init__(self):
+        if self.v_head_dim is None:
+            object.__setattr__(self, "v_head_dim", self.head_dim)
 
     @property
     def qk_head_dim(self) -> int:
         return self.head_dim
 
     @property
-    def v_head_dim(self) -> int:
-        return self.head_dim
-
-    @property
     def cache_tensors(self) -> dict[str, CacheTensor]:
-        return dict.fromkeys(("keys", "values"), CacheTensor(self.num_kv_heads * self.head_dim, None, by_head=True))
+        return {"keys": CacheTensor(self.num_kv_heads * self.head_dim, None, by_head=True),
+                "values": CacheTensor(self.num_kv_heads * self.v_head_dim, None, by_head=True)}
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,7 @@ class MoE:
         shared_intermediate_size: width of the shared expert.
         normalise: the weights of a token's experts are divided by their sum.
         scale: factor of those weights.
+        selection_bias: a learned number for each expert is added to its score before the choice, and does not weigh.
     """
 
     num_experts: int
@@ -138,6 +152,7 @@ class MoE:
     shared_intermediate_size: int
     normalise: bool
     scale: float
+    selection_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -187,6 +202,7 @@ class Plan:
     Attributes:
         layers: the trunk's, then the MTP layers by depth.
         rope_theta, rope_dim, max_positions: of the rotary angles that all layers share.
+        rope_interleaved: pairs are neighbours, otherwise the first half is paired with the second.
         initializer_range: standard deviation of parameters that nothing else sets.
         dtype: what the network computes in, "float32", "float16" or "bfloat16".
         mtp_hidden: what MTP depth 1 reads of the trunk: "merged", before the final norm, or "final", after it.
@@ -204,6 +220,7 @@ class Plan:
     dtype: str
     mtp_hidden: str = "merged"
     tied_head: bool = False
+    rope_interleaved: bool = False
 
     @functools.cached_property
     def trunk(self) -> tuple[Layer, ...]:

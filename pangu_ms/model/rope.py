@@ -9,18 +9,26 @@ STRIDE = 1024
 
 
 @replaceable
-def apply_rope(x, cos, sin, start):
-    """Rotate the dimensions start .. start + 2h - 1 by half-split pairs; the others stay as they are.
+def apply_rope(x, rope, start):
+    """Rotate the dimensions start .. start + 2h - 1 in pairs; all keep their places, the others their values.
 
-    Dimension start + i is paired with start + i + h. x [B, T, heads, D], cos and sin [B, T, 1, h], float32.
+    Dimension start + i is paired with start + i + h, interleaved start + 2i with start + 2i + 1. x [B, T, heads, D];
+    rope: cos and sin [B, T, 1, h], float32, and whether pairs are interleaved.
     """
-    wide, half = ops.cast(x, ms.float32), cos.shape[-1]
-    first, second = wide[..., start:start + half], wide[..., start + half:start + 2 * half]
+    wide, cos, sin = ops.cast(x, ms.float32), rope["cos"], rope["sin"]
+    half = cos.shape[-1]
+    end = start + 2 * half
+    if rope["interleaved"]:
+        first, second = wide[..., start:end:2], wide[..., start + 1:end:2]
+    else:
+        first, second = wide[..., start:start + half], wide[..., start + half:end]
     parts = (first * cos - second * sin, second * cos + first * sin)
+    if rope["interleaved"]:
+        parts = (ops.reshape(ops.stack(parts, -1), (x.shape[0], -1, x.shape[2], 2 * half)),)
     if start > 0:
         parts = (wide[..., :start],) + parts
-    if start + 2 * half < x.shape[-1]:
-        parts = parts + (wide[..., start + 2 * half:],)
+    if end < x.shape[-1]:
+        parts = parts + (wide[..., end:],)
     return ops.cast(ops.cat(parts, -1), x.dtype)
 
 

@@ -7,7 +7,7 @@ may see.
 import mindspore as ms
 from mindspore import nn, ops
 
-from pangu_ms.cache.rings import growing_slots, ring_slots
+from pangu_ms.cache.rings import in_ring, ring_slots
 from pangu_ms.model.latent_attention import with_sinks
 from pangu_ms.model.rope import RotaryAngles
 
@@ -16,7 +16,7 @@ class StepInfo(nn.Cell):
     """Builds the dictionary that every layer reads:
 
     position    int32 [B, T]
-    cos, sin    float32 [B, T, 1, rope_dim / 2]
+    rope        cos and sin, float32 [B, T, 1, rope_dim / 2], and `interleaved`: what `apply_rope` takes
     conv_mask   bool [B, T, 1]: where convolutions act, the start rule
     causal      bool [B, T, S], for layers that see the whole context: S are the rows of a growing tensor, or the T rows
     visible     window, or 0 for none -> bool [B, T, 1, sinks + S]: what attention may see, the sinks always
@@ -35,7 +35,7 @@ class StepInfo(nn.Cell):
 
     def __init__(self, plan, layers, slack=0):
         super().__init__()
-        self.angles = RotaryAngles(plan)
+        self.angles, self.interleaved = RotaryAngles(plan), plan.rope_interleaved
         attention = layers[0].attention
         self.sinks, self.taps, self.slack = attention.sinks, attention.conv_width - 1, slack
         self.windows = tuple(sorted({layer.attention.window for layer in layers} - {None}))
@@ -59,8 +59,10 @@ class StepInfo(nn.Cell):
             for window in self.windows:
                 visible[window] = with_sinks(_within(distance, at, window), self.sinks)
         else:
-            causal = _within(at - ops.arange(capacity, dtype=ms.int32), at, None)
-            slots = growing_slots(position, capacity)
+            # Rows before the text see its first: a row that sees nothing would be no number, and spread.
+            seen_from = ops.maximum(at, 0)
+            causal = _within(seen_from - ops.arange(capacity, dtype=ms.int32), seen_from, None)
+            slots = in_ring(position, capacity)
             if self.taps > 0:
                 taps = ring_slots(position, self.taps + self.slack, decode, count)
             for window in self.windows:
@@ -70,9 +72,9 @@ class StepInfo(nn.Cell):
                 visible[window] = with_sinks(_within(distance, at, window), self.sinks)
                 rings[window] = ring_slots(position, size, decode, count)
         visible[0] = with_sinks(causal, self.sinks)
-        return {"position": position, "cos": cos, "sin": sin, "conv_mask": ops.expand_dims(position >= self.taps, 2),
-                "causal": causal, "visible": visible, "slots": slots, "taps": taps, "rings": rings, "decode": decode,
-                "sparse": sparse}
+        return {"position": position, "rope": {"cos": cos, "sin": sin, "interleaved": self.interleaved},
+                "conv_mask": ops.expand_dims(position >= self.taps, 2), "causal": causal, "visible": visible,
+                "slots": slots, "taps": taps, "rings": rings, "decode": decode, "sparse": sparse}
 
 
 def _within(distance, at, window):

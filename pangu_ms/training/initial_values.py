@@ -24,7 +24,7 @@ def initialize(causal_lm, seed, settings=TrainingSettings()):
     known, draw = tensors.parameters(causal_lm.config), np.random.default_rng(seed)
     for name, parameter in sorted(causal_lm.parameters_dict().items()):
         values = initial_values(known[name], causal_lm.plan, settings, draw)   # on all ranks, of which each has a part
-        values = sliced(known[name], causal_lm.ranks.model).view(values).astype(np.float32)
+        values = sliced(known[name], causal_lm.ranks.model).part_of(values).astype(np.float32)
         parameter.set_data(ms.Tensor(values).astype(parameter.dtype))
 
 

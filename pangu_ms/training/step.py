@@ -74,9 +74,9 @@ class Update(nn.Cell):
         self.sum = ops.ReduceSum()
         if causal_lm.ranks.model.count > 1:
             self.sum = ModelSum(causal_lm.ranks, _tensors(objective, optimizer.parameters))
-        self.bias_rate = bias_update_rate if objective.moe_layers else 0.0
+        self.bias_rate = bias_update_rate if objective.biased else 0.0
         self.biases = ms.ParameterTuple([causal_lm.model.layers[i].mlp.e_score_correction_bias
-                                         for i in objective.moe_layers])
+                                         for i in objective.moe_layers if objective.biased])
 
     def construct(self, gradients, load):
         norm = ops.sqrt(self.sum(ops.stack(self.each(_sum_of_squares, gradients))))

@@ -85,7 +85,7 @@ def test_a_rank_reads_its_part_of_any_layout(data, tmp_path):
     for directory in (release, tmp_path / "22", tmp_path / "41"):
         for rank in range(4):
             for name, values in read_parameters(directory, config, ranks=ranks.at(rank)):
-                wanted = sliced(parameters(config)[name], ranks.at(rank)).view(whole[name])
+                wanted = sliced(parameters(config)[name], ranks.at(rank)).part_of(whole[name])
                 np.testing.assert_array_equal(values, wanted, name)
     (tmp_path / "22" / "rank_0" / "model.safetensors").unlink()
     for reader in (ranks.at(3), Ranks(2, 2, data=2, rank=7, batch_sharded=True)):  # the copy's rank 7 has the same part

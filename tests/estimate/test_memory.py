@@ -43,15 +43,16 @@ def test_weights_are_the_tensors_of_the_file(data, name):
     assert sum(weight_bytes(Case(config, Ranks(), Work("infer", 1, 1, "float32"))).values()) == 4 * stored
 
 
-@pytest.mark.parametrize("name, tied", [("embedded", False), ("embedded_tied", True)])
+@pytest.mark.parametrize("name, tied", [("embedded", False), ("embedded_tied", True), ("pro_moe_v2", False)])
 def test_weights_and_cache_of_grouped_queries(model, data, name, tied):
-    """A head that is the embedding counts once; a token leaves G keys and G values of 8 or 6 numbers in each layer."""
+    """A head that is the embedding counts once; a token leaves G keys and G values in each layer, MTP's included."""
     from pangu_ms.generation.engine import Engine
     network = model(name)
     found = memory(Case(read_config(data / name), Ranks(), Work("infer", 256, 2, "float32")))
     assert network.plan.tied_head == tied
     assert sum(found["weights"].values()) == sum(parameter.nbytes for parameter in network.get_parameters())
-    assert found["cache"]["cache"] == Engine(network, batch=2).cache.bytes
+    cache = Engine(network, batch=2, num_draft_tokens=len(network.plan.mtp_layers)).cache
+    assert found["cache"]["cache"] == sum(each.nbytes for tensors in cache.layers for each in tensors.values())
 
 
 def test_two_tensor_ranks_of_a_7b():

@@ -102,7 +102,7 @@ def test_one_compilation_for_each_length_and_sparse(model, fixed):
         generate(model("tiny"), list(range(20, 20 + length)), 70 - length, num_draft_tokens=3, eos_token_ids=(),
                  prefill_chunk=CHUNK)
     functions = {key: step for key, step in model("tiny")._functions.items()
-                 if key == (Draft, (1, 3)) or key[0] is Step and key[1][0] == 1 and key[1][-1] is not None}
+                 if key == (Draft, (1, 3, None)) or key[0] is Step and key[1][0] == 1 and key[1][-1] is not None}
     assert {len(step.compile_cache) for step in functions.values()} == {1}
     assert sorted(cell.__name__ for cell, _ in functions) == ["Draft"] + ["Step"] * 4
 

@@ -13,22 +13,22 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    """Greedy text of tiny without drafts, by prompt."""
+    """Greedy text without drafts, of tiny by default, by prompt."""
     texts = {}
 
-    def text(prompt):
-        if tuple(prompt) not in texts:
-            texts[tuple(prompt)] = generate(model("tiny"), prompt, NEW_TOKENS, eos_token_ids=())
-        return texts[tuple(prompt)]
+    def text(prompt, name="tiny"):
+        if (name, *prompt) not in texts:
+            texts[name, *prompt] = generate(model(name), prompt, NEW_TOKENS, eos_token_ids=())
+        return texts[name, *prompt]
     return text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafts", [1, 3, 5])
-def test_drafts_do_not_change_greedy_text(model, greedy, drafts):
+@pytest.mark.parametrize("name, drafts", [("tiny", 1), ("tiny", 3), ("tiny", 5), ("pro_moe_v2", 2)])
+def test_drafts_do_not_change_greedy_text(model, greedy, name, drafts):
     for prompt in PROMPTS:
-        responses = list(stream_generate(model("tiny"), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=()))
-        assert [response.token_id for response in responses] == greedy(prompt)
+        responses = list(stream_generate(model(name), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=()))
+        assert [response.token_id for response in responses] == greedy(prompt, name)
         assert len(responses[-1].drafted) == drafts and min(responses[-1].drafted) > 9
         assert sum(response.draft_depth > 0 for response in responses) == sum(responses[-1].accepted)
 
@@ -52,17 +52,19 @@ def test_one_sequence_of_a_batch_may_end_early(model, greedy):
 
 
 @pytest.mark.slow
-def test_drafts_are_those_of_the_full_forward(model, golden):
+@pytest.mark.parametrize("name, file, acceptances", [
+    ("tiny", "T64", (0, 3, 1, 0, 3, 3, 2, 0)), ("pro_moe_v2", "T40_B2", (0, 2, 1, 0, 2, 2, 1, 0))])
+def test_drafts_are_those_of_the_full_forward(model, golden, name, file, acceptances):
     """The chain of MTP layers on the same history, after accepted drafts (the true next ones, put in) and rejected."""
-    text = golden("tiny", "T64")["ids"][0].tolist()
-    after = [0] * 64  # one length of full forwards, which do not look ahead: one graph
-    engine = Engine(model("tiny"), num_draft_tokens=3)
+    text = golden(name, file)["ids"][0].tolist()
+    after = [0] * len(text)  # one length of full forwards, which do not look ahead: one graph
+    engine = Engine(model(name), num_draft_tokens=max(acceptances))
     length = 20  # known tokens; all but the last are in the cache
     engine.prefill(np.array([text[:length - 1]], np.int32))
-    for kept in (0, 3, 1, 0, 3, 3, 2, 0):
+    for kept in acceptances:
         drafts, logits = engine.draft([text[:length]])
-        full = model("tiny").mtp_logits(np.array([(text[:length] + drafts[0].tolist() + after)[:64]], np.int32))
-        for depth in (1, 2, 3):
+        full = model(name).mtp_logits(np.array([(text[:length] + drafts[0].tolist() + after)[:len(text)]], np.int32))
+        for depth in range(1, len(full) + 1):
             wanted = full[depth - 1].asnumpy()[0, length - 2]
             found = logits.asnumpy()[0, depth - 1]
             assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()

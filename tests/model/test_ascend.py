@@ -11,6 +11,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_pro_moe_v2 import PanguProMoEV2Config
 
 CONFIG = PanguConfig.flash_92b(
     compute_dtype="bfloat16", num_hidden_layers=2, num_nextn_predict_layers=1, first_k_dense_replace=1,
@@ -77,17 +78,22 @@ def test_gradients_of_training(on_ascend, inferred_graph, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [None, 1])
-def test_steps_of_grouped_queries(on_ascend, inferred_graph, length):
-    """At the widths of Embedded 7B, one layer for all."""
+@pytest.mark.parametrize("config", [
+    PanguEmbeddedConfig.embedded_7b(compute_dtype="bfloat16", num_hidden_layers=1),
+    PanguProMoEV2Config.r_72b(compute_dtype="bfloat16", num_hidden_layers=1, mlp_only_layers=(), num_mtp_layers=0)],
+    ids=["embedded_7b", "r_72b"])
+def test_steps_of_grouped_queries(on_ascend, inferred_graph, config, length):
+    """At the widths of the releases, one layer for all."""
     from pangu_ms import PanguForCausalLM
     from pangu_ms.generation.steps import Step
     with no_init_parameters():
-        network = PanguForCausalLM(PanguEmbeddedConfig.embedded_7b(compute_dtype="bfloat16", num_hidden_layers=1))
+        network = PanguForCausalLM(config)
     step = Step(network, 2, length, False, False, CHUNK if length is None else None, 1024)
     found, shapes = inferred_graph(step, *step.get_inputs())
     assert {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "FlashAttentionScore"} <= found
     assert not any("-1" in shape for shape in shapes)
-    assert "2, 1, 153376" in shapes and "2, 1024, 32, 128" not in shapes        # no copies of keys for each query head
+    copied = (2, 1024, config.num_attention_heads, config.plan.layers[0].attention.head_dim)    # for each query head
+    assert f"2, 1, {config.vocab_size}" in shapes and ", ".join(map(str, copied)) not in shapes
 
 
 @pytest.mark.slow

@@ -13,8 +13,7 @@ from pangu_ms.model import short_conv as conv
 
 swiglu, masked_softmax, top_k = elementary.swiglu, elementary.masked_softmax, elementary.top_k
 softmax, sigmoid = elementary.softmax, elementary.sigmoid
-apply_rope, short_conv, mhc_post = rope.apply_rope, conv.short_conv, mhc.mhc_post
-grouped_attention = gqa.grouped_attention
+short_conv, mhc_post = conv.short_conv, mhc.mhc_post
 choose_experts, topk_indices = router.choose_experts, indexer.topk_indices
 
 
@@ -34,8 +33,16 @@ def rms_norm(x, weight, eps):
     return norm.rms_norm(x, normed(weight, eps))
 
 
-def latent_rows(latent, kv, weight, cos, sin, eps):
-    return mla.latent_rows(latent, kv, normed(weight, eps), cos, sin)
+def turned(cos, sin, interleaved):
+    return {"cos": cos, "sin": sin, "interleaved": interleaved}
+
+
+def apply_rope(x, cos, sin, start, interleaved):
+    return rope.apply_rope(x, turned(cos, sin, interleaved), start)
+
+
+def latent_rows(latent, kv, weight, cos, sin, eps, interleaved):
+    return mla.latent_rows(latent, kv, normed(weight, eps), turned(cos, sin, interleaved))
 
 
 def gates(gamma, phi, alpha, beta, eps, rounds):
@@ -82,13 +89,21 @@ def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
     return mla.sparse_attention(q, sinks, keys, indices, position, matrix(kv_b), scale)
 
 
+def grouped_attention(q, keys, values, visible, scale):
+    return gqa.grouped_attention(q, keys, values, visible, scale, None)
+
+
+def grouped_attention_with_sinks(q, keys, values, visible, scale, sink_keys, sink_values):
+    return gqa.grouped_attention(q, keys, values, visible, scale, {"keys": sink_keys, "values": sink_values})
+
+
 # ---------------------------------------------------------------- steps of decoding, for layers with a cache
 
-def step(position, cos, sin, ring=None, slack_taps=None, width=3, window=0, places=None, sinks=0):
+def step(position, cos, sin, ring=None, slack_taps=None, width=3, window=0, places=None, sinks=0, interleaved=False):
     """The `StepInfo` of few tokens, for rings of `slack_taps` and `ring` rows, or tensors of `places` rows."""
     at = ops.expand_dims(position, 2)
-    found = {"position": position, "cos": cos, "sin": sin, "conv_mask": at >= width - 1, "decode": True,
-             "sparse": False, "rings": {}, "visible": {}}
+    found = {"position": position, "rope": turned(cos, sin, interleaved), "conv_mask": at >= width - 1,
+             "decode": True, "sparse": False, "rings": {}, "visible": {}}
     if slack_taps is not None:
         found["taps"] = rings.ring_slots(position, slack_taps, True)
     if window:
@@ -98,7 +113,8 @@ def step(position, cos, sin, ring=None, slack_taps=None, width=3, window=0, plac
         seen = ops.logical_and(ops.logical_and(distance >= 0, distance <= at), distance < window)
         found["visible"][window] = mla.with_sinks(seen, sinks)
     elif places is not None:
-        found["slots"] = rings.growing_slots(position, places)
+        found["slots"] = rings.in_ring(position, places)
+        at = ops.maximum(at, 0)
         distance = at - ops.arange(places, dtype=position.dtype)
         found["visible"][0] = mla.with_sinks(ops.logical_and(distance >= 0, distance <= at), sinks)
     return found
@@ -108,32 +124,34 @@ def identity(x):
     return x
 
 
-def latent_query(x, down, taps, conv_weight, weight, up, position, cos, sin, nope, eps):
+def latent_query(x, down, taps, conv_weight, weight, up, position, cos, sin, nope, eps,
+                 interleaved=False):
     weights = {"down": matrix(down), "conv": matrix(conv_weight), "norm": normed(weight, eps), "up": matrix(up),
                "heads": up.shape[0] // (nope + 2 * cos.shape[-1])}
-    info = step(position, cos, sin, slack_taps=taps.shape[0] // x.shape[0], width=conv_weight.shape[2])
+    info = step(position, cos, sin, slack_taps=taps.shape[0] // x.shape[0], width=conv_weight.shape[2],
+                interleaved=interleaved)
     return mla.latent_query(x, weights, taps, info, nope, identity)
 
 
 def attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps, out_conv,
-           out, heads, window, scale, eps):
+           out, heads, window, scale, eps, interleaved=False):
     """`latent_keys`, then `attention_output` over them: a layer in a window, or of growing rows where that is 0."""
     return _attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps,
-                   out_conv, out, heads, window, scale, eps, None)
+                   out_conv, out, heads, window, scale, eps, None, interleaved)
 
 
 def attend_sparse(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps,
                   out_conv, out, indices, heads, scale, eps):
     """The same over growing rows, of which a query sees those that were selected."""
     return _attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps,
-                   out_conv, out, heads, 0, scale, eps, indices)
+                   out_conv, out, heads, 0, scale, eps, indices, False)
 
 
 def _attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps, out_conv,
-            out, heads, window, scale, eps, indices):
+            out, heads, window, scale, eps, indices, interleaved):
     batch = x.shape[0]
     info = step(position, cos, sin, kept.shape[0] // batch, row_taps.shape[0] // batch, row_conv.shape[2], window,
-                kept.shape[0] // batch, latent.shape[0])
+                kept.shape[0] // batch, latent.shape[0], interleaved)
     rows = {"down": matrix(down), "conv": matrix(row_conv), "norm": normed(weight, eps), "latent": weight.shape[0]}
     keys = mla.latent_keys(x, rows, row_taps, kept, info, window)
     sinks = {"latent": latent, "k_pe": k_pe, "norm": normed(weight, eps)}

@@ -52,7 +52,7 @@ FORMS = {
     # name: (arguments, constants behind them, primitives of the forward graph, of the gradient's, the result's shape)
     "rms_norm": ((bf16(1, 512, HIDDEN), bf16(HIDDEN)), (1e-5,), {"RmsNorm"}, {"RmsNormGrad"}, (1, 512, HIDDEN)),
     "swiglu": ((bf16(512, EXPERT), bf16(512, EXPERT)), (), {"Swiglu"}, {"SwigluGrad"}, (512, EXPERT)),
-    "apply_rope": ((bf16(1, 512, HEADS, WIDTH), *(of(ms.float32, 1, 512, 1, ROPE // 2),) * 2), (WIDTH - ROPE,),
+    "apply_rope": ((bf16(1, 512, HEADS, WIDTH), *(of(ms.float32, 1, 512, 1, ROPE // 2),) * 2), (WIDTH - ROPE, True),
                    {"RotaryPositionEmbedding"}, {"RotaryPositionEmbeddingGrad"}, (1, 512, HEADS, WIDTH)),
     "top_k": ((of(ms.float32, 1, 512, 8192),), (TOPK,), {"TopkExt"}, None, (1, 512, TOPK)),
     "cross_entropy": ((bf16(1, 4096, HIDDEN), bf16(CONFIG.vocab_size, HIDDEN), of(ms.int32, 1, 4096),
@@ -62,6 +62,10 @@ FORMS = {
     "grouped_attention": ((bf16(1, 512, 32, 128), bf16(1, 1048, 8, 128), bf16(1, 1048, 8, 128),
                            of(ms.bool_, 1, 512, 1, 1048)), (128 ** -0.5,), {"FlashAttentionScore"},
                           {"FlashAttentionScoreGrad"}, (1, 512, 32 * 128)),
+    "grouped_attention_with_sinks": (                                          # of openPangu-R-72B-2512
+        (bf16(1, 512, 64, 192), bf16(1, 1048, 4, 192), bf16(1, 1048, 4, 128), of(ms.bool_, 1, 512, 1, SINKS + 1048),
+         192 ** -0.5, bf16(SINKS, 4, 192), bf16(SINKS, 4, 128)), (), {"FlashAttentionScore"},
+        {"FlashAttentionScoreGrad"}, (1, 512, 64 * 128)),
     "sparse_attention": ((*queries(512, 8192), of(ms.int32, 1, 512, TOPK), of(ms.int32, 1, 512), bf16(*KV_B)),
                            (SCALE,), {"SparseFlashAttention"}, None, (1, 512, OUT)),
     "topk_indices": ((bf16(1, 512, CONFIG.index_n_heads, CONFIG.index_head_dim), bf16(1, 8192, CONFIG.index_head_dim),

@@ -119,12 +119,23 @@ def test_expanded_attention(flash, value, gradient):
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_grouped_attention(flash, gradient):
-    visible = ANY.integers(0, 2, (BATCH, LENGTH, 1, PLACES)).astype(bool)
+@pytest.mark.parametrize("sinks, value", [(0, 6), (3, 4)])
+def test_grouped_attention(flash, gradient, sinks, value):
+    """Values as wide as keys, and narrower ones behind sinks."""
+    def without(attention):
+        return lambda q, keys, values, visible, scale: attention(q, keys, values, visible, scale, None)
+
+    def behind(attention):
+        return lambda q, keys, values, visible, sink_keys, sink_values, scale: attention(
+            q, keys, values, visible, scale, {"keys": sink_keys, "values": sink_values})
+
+    call = behind if sinks else without
+    visible = ANY.integers(0, 2, (BATCH, LENGTH, 1, sinks + PLACES)).astype(bool)
     visible[..., 0] = True
-    keys, values = (normal(BATCH, PLACES, 2, 6) for _ in range(2))
-    agree(ascend_attention.grouped_attention, grouped_query_attention.grouped_attention.formula,
-          (normal(BATCH, LENGTH, 4, 6), keys, values, ms.Tensor(visible)), (SCALE,), gradient)
+    keys, values = normal(BATCH, PLACES, 2, 6), normal(BATCH, PLACES, 2, value)
+    own = (normal(sinks, 2, 6), normal(sinks, 2, value)) if sinks else ()
+    agree(call(ascend_attention.grouped_attention), call(grouped_query_attention.grouped_attention.formula),
+          (normal(BATCH, LENGTH, 4, 6), keys, values, ms.Tensor(visible), *own), (SCALE,), gradient)
 
 
 def sparse_flash_attention(query, key, value, sparse_indices, scale_value, actual_seq_lengths_query=None,
@@ -258,20 +269,28 @@ def test_experts_grouped(monkeypatch, gradient, shape, elsewhere):
 
 # ---------------------------------------------------------------- small ones
 
+def turns(apply_rope):
+    def call(x, cos, sin, start, interleaved):
+        return apply_rope(x, {"cos": cos, "sin": sin, "interleaved": interleaved}, start)
+    return call
+
+
 def rotary_position_embedding(x, cos, sin, mode):
-    """BSND, mode 0: x * cos + [-second half, first half] * sin, all of one dtype."""
-    assert mode == 0 and x.dtype == cos.dtype == sin.dtype and cos.shape == (x.shape[0], x.shape[1], 1, x.shape[3])
+    """BSND, all of one dtype. x * cos + y * sin: mode 0, y is [-second half, first half]; mode 1, the same in pairs."""
+    assert mode in (0, 1) and x.dtype == cos.dtype == sin.dtype and cos.shape == (x.shape[0], x.shape[1], 1, x.shape[3])
     half = x.shape[3] // 2
+    if mode == 1:
+        return x * cos + ops.reshape(ops.stack((-x[..., 1::2], x[..., ::2]), -1), x.shape) * sin
     return x * cos + ops.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
-@pytest.mark.parametrize("start, width", [(0, 4), (0, 7), (3, 7), (2, 9)])
-def test_apply_rope(monkeypatch, start, width):
+@pytest.mark.parametrize("start, width, interleaved", [(0, 4, False), (0, 7, True), (3, 7, False), (2, 9, True)])
+def test_apply_rope(monkeypatch, start, width, interleaved):
     monkeypatch.setattr(ascend, "_ROTATE", rotary_position_embedding)
     angle = ANY.normal(size=(BATCH, LENGTH, 1, 2)).astype(np.float32)
     arguments = normal(BATCH, LENGTH, HEADS, width), ms.Tensor(np.cos(angle)), ms.Tensor(np.sin(angle))
     for gradient in (False, True):
-        agree(ascend.apply_rope, rope.apply_rope.formula, arguments, (start,), gradient)
+        agree(turns(ascend.apply_rope), turns(rope.apply_rope.formula), arguments, (start, interleaved), gradient)
 
 
 def swiglu(x, dim):

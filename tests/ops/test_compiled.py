@@ -25,8 +25,8 @@ if not library.available(ms.float32):
 TOLERANCE = 1e-6  # of the largest value
 GRADIENT_TOLERANCE = 1e-5  # the same formula, but what adds up to nearly zero is summed in another order
 CONSTANTS = {"cos", "sin", "scale", "mask"}  # of a model: the compiled forms have no gradient for them
-SIGNATURES = {name: getattr(flat, name).formula for name in ("swiglu", "masked_softmax", "apply_rope", "short_conv",
-                                                             "mhc_post", "choose_experts", "grouped_attention")}
+SIGNATURES = {name: getattr(flat, name).formula for name in ("swiglu", "masked_softmax", "short_conv", "mhc_post",
+                                                             "choose_experts")}
 ANY = np.random.default_rng(0)
 
 
@@ -60,9 +60,10 @@ def attention(batch, length, keys, per_query=False, heads=3, nope=6, rope=4, val
             normal(heads * (nope + value), latent), 0.3)
 
 
-def grouped(batch, length, keys, heads=6, groups=2, width=8):
-    rows = (batch, keys, groups, width)
-    return normal(batch, length, heads, width), normal(*rows), normal(*rows), causal(batch, length, 0, keys, 99), 0.35
+def grouped(batch, length, keys, heads=6, groups=2, width=8, value=8, sinks=0):
+    found = (normal(batch, length, heads, width), normal(batch, keys, groups, width),
+             normal(batch, keys, groups, value), causal(batch, length, sinks, keys, 99), 0.35)
+    return found + ((normal(sinks, groups, width), normal(sinks, groups, value)) if sinks else ())
 
 
 def streams(batch, length, n, hidden, gates):
@@ -106,12 +107,12 @@ CASES = [
       for m, k, n in [((1, 1), 64, 48), ((1, 2), 77, 13), ((3,), 512, 300), ((2, 9), 33, 17), ((1, 150), 64, 100)]],
     *[("rms_norm", lambda m=m, d=d: (normal(*m, d), normal(d), 1e-5)) for m, d in [((1, 1), 512), ((2, 70), 77)]],
     *[("swiglu", lambda m=m: (normal(*m) * 20, normal(*m))) for m in [(1, 1, 7), (2, 300, 64)]],
-    *[("apply_rope", lambda b=b, t=t, s=s: (normal(b, t, 3, 24), *angles(b, t, 4), s))
-      for b, t, s in [(1, 1, 0), (2, 5, 16), (2, 70, 7)]],
+    *[("apply_rope", lambda b=b, t=t, s=s, i=i: (normal(b, t, 3, 24), *angles(b, t, 4), s, i))
+      for b, t, s, i in [(1, 1, 0, False), (2, 5, 16, True), (2, 70, 7, False), (2, 9, 0, True)]],
     *[("short_conv", lambda a=a: conv(*a))
       for a in [(1, 1, 7, 2, 3), (2, 2, 33, 4, 3), (3, 70, 64, 2, 3), (2, 5, 8, 3, 2)]],
-    *[("latent_rows", lambda b=b, t=t: (normal(b, t, 21), normal(b, t, 27), normal(21), *angles(b, t, 3), 1e-5))
-      for b, t in [(1, 1), (2, 70)]],
+    *[("latent_rows", lambda b=b, t=t, i=i: (normal(b, t, 21), normal(b, t, 27), normal(21), *angles(b, t, 3), 1e-5, i))
+      for b, t, i in [(1, 1, False), (2, 70, False), (2, 5, True)]],
     *[("mhc_pre", lambda a=a: read(*a))
       for a in [(1, 1, 4, 64), (2, 3, 4, 33), (1, 70, 4, 16), (2, 2, 2, 9)]],
     *[("mhc_post", lambda b=b, t=t: (normal(b, t, 33), normal(b, t, 4, 1), normal(b, t, 4, 4),
@@ -132,6 +133,7 @@ CASES = [
       for s, v in [((2, 3, 5, 19), (2, 1, 5, 19)), ((1, 1, 4, 300), (1, 1, 1, 300)), ((2, 1, 3, 8), (1, 1, 1, 8))]],
     *[("grouped_attention", lambda a=a: grouped(*a))                            # few queries, and more of them
       for a in [(1, 1, 1), (2, 1, 40), (2, 5, 30, 4, 4), (1, 8, 8, 6, 1), (2, 9, 30)]],
+    *[("grouped_attention_with_sinks", lambda t=t: grouped(2, t, 30, value=5, sinks=3)) for t in (2, 9)],
     *[("absorbed_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
         ((1, 1, 40), {}), ((2, 1, 7), {}), ((2, 5, 30), {}), ((2, 5, 12), {"per_query": True}),
         ((1, 3, 20), {"heads": 19, "latent": 32})]],
@@ -251,7 +253,7 @@ def same_numbers(monkeypatch):
 
 def compiled(name):
     """A formula as a function of tensors, for which the library has an operator."""
-    assert name in vars(cpu)
+    assert name.removesuffix("_with_sinks") in vars(cpu)
     return getattr(flat, name)
 
 

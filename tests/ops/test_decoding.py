@@ -122,6 +122,8 @@ CASES = [
       for name, make in [("mtp_input", join), ("plain_residual_post", plain_post),
                          ("plain_residual_post_pre", plain_post_pre)]],
     *[("moe", lambda t=t: experts(*t)) for t in [(1, 1), (1, 4), (2, 9)]],
+    ("latent_query", lambda: (*query(2, 3, 11), True)), ("attend", lambda: (*attention(2, 3, 11, 0), True)),
+    ("attend", lambda: attention(1, 4, -2, 0)),
 ]
 CHANGED = {"latent_query": 1, "attend": 3, "attend_sparse": 3, "append_index_rows": 1}  # arguments, in place
 

@@ -37,7 +37,7 @@ def drafting(directory, ranks):
 def grouped(directory, ranks):
     """-> arrays by name: logits of a prompt and of a token behind it in a model of grouped queries, and the gradients
     by parameter of one step, where the head is the embedding."""
-    model = PanguForCausalLM.from_pretrained(Path(directory) / "grouped", ranks=ranks)
+    model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
     ids, engine = token_ids(model.config), Engine(model, batch=BATCH)
     found = {"prompt_logits": engine.prefill(ids[:, :PROMPT])}
     found["decode_logits"] = engine.decode(ids[:, PROMPT:PROMPT + 1])
@@ -58,8 +58,8 @@ def train(directory, ranks):
     """
     ranks = replace(ranks or Ranks(), batch_sharded=True)
     model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
-    settings = TrainingSettings(indexer_loss="sparse", balance_loss_coeff=0.01, z_loss_coeff=0.01,
-                                router_bias_update_rate=0.01)
+    settings = TrainingSettings(indexer_loss="sparse" if model.plan.indexer else "off", balance_loss_coeff=0.01,
+                                z_loss_coeff=0.01, router_bias_update_rate=0.01)
     ids = token_ids(model.config)
     position = np.tile(np.r_[:15, :LENGTH - 15].astype(np.int32), (BATCH, 1))   # two documents in each row
     mask = np.ones(ids.shape, np.float32)

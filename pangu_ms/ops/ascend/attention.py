@@ -7,6 +7,7 @@ import mindspore as ms
 from mindspore import ops
 
 from pangu_ms.model import grouped_query_attention, indexer, latent_attention
+from pangu_ms.model.grouped_query_attention import behind_sinks
 from pangu_ms.model.latent_attention import by_head
 from pangu_ms.model.linear import dense_weight, linear
 
@@ -30,10 +31,7 @@ def gathers_no_rows(plan):
 
 
 def expanded_attention(q, sinks, keys, visible, kv_b, scale):
-    """By flash_attention_score, whose heads have one width: values are made as wide as keys with zeros.
-
-    The sinks are keys like any other.
-    """
+    """By flash_attention_score; the sinks are keys like any other."""
     batch, _, heads, width = q.shape
     up = dense_weight(kv_b)
     latent = up.shape[1]
@@ -45,26 +43,32 @@ def expanded_attention(q, sinks, keys, visible, kv_b, scale):
     kv = ops.reshape(linear(keys[..., :latent], kv_b), (batch, -1, heads, nope + value))
     k_pe = ops.tile(ops.expand_dims(keys[..., latent:], 2), (1, 1, heads, 1))
     key = ops.cat((kv[..., :nope], k_pe), -1)                               # [B, S0 + S, heads, nope + rope]
-    values = kv[..., nope:]
-    if value < width:
-        values = ops.cat((values, ops.zeros(values.shape[:3] + (width - value,), values.dtype)), -1)
-    out = _flash(q, key, values, visible, scale)
-    return ops.reshape(out[..., :value], (batch, -1, heads * value))
+    return ops.reshape(_flash(q, key, kv[..., nope:], visible, scale), (batch, -1, heads * value))
 
 
-def grouped_attention(q, keys, values, visible, scale):
+def grouped_attention(q, keys, values, visible, scale, sinks):
     """By flash_attention_score, which takes fewer heads of keys than of queries."""
-    batch, _, heads, width = q.shape
-    if not _flash_takes(width, width, q.dtype):
-        return _grouped_attention(q, keys, values, visible, scale)
-    return ops.reshape(_flash(q, keys, values, visible, scale), (batch, -1, heads * width))
+    batch, value = q.shape[0], values.shape[3]
+    if not _flash_takes(q.shape[3], value, q.dtype):
+        return _grouped_attention(q, keys, values, visible, scale, sinks)
+    if sinks is not None:
+        keys, values = behind_sinks(keys, sinks["keys"]), behind_sinks(values, sinks["values"])
+    return ops.reshape(_flash(q, keys, values, visible, scale), (batch, -1, q.shape[2] * value))
 
 
 def _flash(q, keys, values, visible, scale):
-    """visible bool [B, T, 1, S] -> [B, T, heads, D]. It is given whole, so windows and documents save no work here."""
+    """q and keys [B, .., heads, D], values [B, S, heads, Dv], visible bool [B, T, 1, S] -> [B, T, heads, Dv].
+
+    The operator's heads have one width: values are made as wide as keys with zeros. What is visible is given whole, so
+    windows and documents save no work here.
+    """
+    width, value = q.shape[3], values.shape[3]
+    if value < width:
+        values = ops.cat((values, ops.zeros(values.shape[:3] + (width - value,), values.dtype)), -1)
     hidden = ops.logical_not(ops.transpose(visible, (0, 2, 1, 3)))          # [B, 1, T, S], True: not seen
-    return ops.flash_attention_score(q, keys, values, q.shape[2], attn_mask=hidden, scalar_value=scale,
-                                     input_layout="BSND")
+    out = ops.flash_attention_score(q, keys, values, q.shape[2], attn_mask=hidden, scalar_value=scale,
+                                    input_layout="BSND")
+    return out[..., :value] if value < width else out
 
 
 def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):

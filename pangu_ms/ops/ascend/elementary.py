@@ -22,16 +22,25 @@ def swiglu(gate, up):
     return ops.swiglu(ops.cat((gate, up), -1), -1)
 
 
-def apply_rope(x, cos, sin, start):
-    """The operator wants every angle twice, and all three of one dtype: float32, since angles lose too much in less."""
-    end = start + 2 * cos.shape[-1]
-    rotated = _ROTATE(ops.cast(x[..., start:end], ms.float32), ops.cat((cos, cos), -1), ops.cat((sin, sin), -1), 0)
+def apply_rope(x, rope, start):
+    """The operator wants an angle for each dimension, and all three of one dtype: float32, since angles lose too much
+    in less. Its mode is 0 for halves and 1 for interleaved pairs."""
+    end, interleaved = start + 2 * rope["cos"].shape[-1], rope["interleaved"]
+    cos, sin = _of_both(rope["cos"], interleaved), _of_both(rope["sin"], interleaved)
+    rotated = _ROTATE(ops.cast(x[..., start:end], ms.float32), cos, sin, 1 if interleaved else 0)
     parts = (ops.cast(rotated, x.dtype),)
     if start > 0:
         parts = (x[..., :start],) + parts
     if end < x.shape[-1]:
         parts = parts + (x[..., end:],)
     return ops.cat(parts, -1)
+
+
+def _of_both(angles, interleaved):
+    """[B, T, 1, h] -> [B, T, 1, 2h]: for both dimensions of each pair."""
+    if interleaved:
+        return ops.reshape(ops.stack((angles, angles), -1), angles.shape[:3] + (2 * angles.shape[3],))
+    return ops.cat((angles, angles), -1)
 
 
 def top_k(scores, k):

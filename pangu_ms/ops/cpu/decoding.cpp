@@ -11,14 +11,14 @@
 #include "router.h"
 #include "threads.h"
 
-// x [B, T, H], down [Q, H], ring [B * R, Q], conv [Q, 1, k], norm [Q], up [heads * D, Q], position, cos, sin, nope, eps
-// -> q_latent [B, T, Q], q [B, T, heads * D]
+// x [B, T, H], down [Q, H], ring [B * R, Q], conv [Q, 1, k], norm [Q], up [heads * D, Q], position, cos, sin, nope, eps,
+// interleaved -> q_latent [B, T, Q], q [B, T, heads * D]
 OPERATOR(DecodingQuery) {
     const Tokens tokens = tokens_of(call, 6);
-    const Angles angles = angles_of(call, 7);
+    const Angles angles = angles_of(call, 7, *call.bools(11));
     const int64_t hidden = call.dim(1, 1), rank = call.dim(1, 0), width = call.dim(5, 0), nope = call.whole(9),
                   head = nope + 2 * angles.half, rows = tokens.count();
-    float *in = scratch(COMPOSED_OWN, 2 * rows * rank), *latent = call.floats(11), *q = call.floats(12);
+    float *in = scratch(COMPOSED_OWN, 2 * rows * rank), *latent = call.floats(12), *q = call.floats(13);
     linear(call.floats(0), call.floats(1), rows, hidden, rank, in);
     ring_conv(call, 2, tokens, in, rank, in + rows * rank);
     for (int64_t row = 0; row < rows; row++)
@@ -32,15 +32,15 @@ MANY_SHAPES(DecodingQuery) {
     return {{shapes[0][0], shapes[0][1], shapes[1][0]}, {shapes[0][0], shapes[0][1], shapes[5][0]}};
 }
 
-// x [B, T, H], down [L + P, H], ring [B * R, L], conv [L, 1, k], norm [L], kept [B * S, L + P], position, cos, sin, eps
-// -> the latent rows [B, T, L + P], which `kept` then holds
+// x [B, T, H], down [L + P, H], ring [B * R, L], conv [L, 1, k], norm [L], kept [B * S, L + P], position, cos, sin, eps,
+// interleaved -> the latent rows [B, T, L + P], which `kept` then holds
 OPERATOR(DecodingRow) {
     const Tokens tokens = tokens_of(call, 6);
-    const Angles angles = angles_of(call, 7);
+    const Angles angles = angles_of(call, 7, *call.bools(10));
     const int64_t hidden = call.dim(1, 1), width = call.dim(1, 0), latent = call.dim(2, 1), rows = tokens.count(),
                   places = call.dim(5, 0) / tokens.batch;
     float *kv = scratch(COMPOSED_OWN, rows * (width + latent)), *mixed = kv + rows * width, *kept = call.floats(5),
-          *y = call.floats(10);
+          *y = call.floats(11);
     linear(call.floats(0), call.floats(1), rows, hidden, width, kv);
     ring_conv(call, 2, tokens, kv, width, mixed);
     for (int64_t row = 0; row < rows; row++) {

@@ -24,15 +24,16 @@ inline Tokens tokens_of(const Call& call, int i) { return {call.ints(i), call.di
 struct Angles {
     const float *cosines, *sines;
     int64_t half, count;
+    bool interleaved;
 
     void apply(int64_t token, const float* x, float* y) const {
         const int64_t at = token % count * half;        // one set for all sequences: their tokens begin again
-        turn(x, cosines + at, sines + at, half, y);
+        turn(x, cosines + at, sines + at, half, interleaved, y);
     }
 };
 
-inline Angles angles_of(const Call& call, int i) {
-    return {call.floats(i), call.floats(i + 1), call.dim(i, 3), call.dim(i, 0) * call.dim(i, 1)};
+inline Angles angles_of(const Call& call, int i, bool interleaved) {
+    return {call.floats(i), call.floats(i + 1), call.dim(i, 3), call.dim(i, 0) * call.dim(i, 1), interleaved};
 }
 
 // The short convolution of x, whose rows are `stride` apart, and of the ring's rows before it -> y [B * T, C]; then the

@@ -26,19 +26,19 @@ _moe = experts.moe.formula
 def latent_query(x, weights, taps, step, nope, copy):
     if not step["decode"]:
         return _latent_query(x, weights, taps, step, nope, copy)
-    norm = weights["norm"]
+    norm, rope = weights["norm"], step["rope"]
     return operator("DecodingQuery")(x, weights["down"]["weight"], taps, weights["conv"]["weight"], norm["weight"],
-                                     weights["up"]["weight"], step["position"], step["cos"], step["sin"], nope,
-                                     norm["eps"])
+                                     weights["up"]["weight"], step["position"], rope["cos"], rope["sin"], nope,
+                                     norm["eps"], rope["interleaved"])
 
 
 def latent_keys(x, weights, taps, kept, step, window):
     """Decoding: the cache's tensor as it lies, [B * rows, D], with the new rows in it."""
     if not step["decode"]:
         return _latent_keys(x, weights, taps, kept, step, window)
-    norm = weights["norm"]
+    norm, rope = weights["norm"], step["rope"]
     rows = operator("DecodingRow")(x, weights["down"]["weight"], taps, weights["conv"]["weight"], norm["weight"], kept,
-                                   step["position"], step["cos"], step["sin"], norm["eps"])
+                                   step["position"], rope["cos"], rope["sin"], norm["eps"], rope["interleaved"])
     return ops.depend(kept, rows)
 
 
@@ -58,19 +58,21 @@ def attention_output(q, sinks, keys, seen, weights, taps, step):
 
 
 def append_index_rows(x, weights, kept, step):
-    if not step["decode"]:
+    rope = step["rope"]
+    if not step["decode"] or rope["interleaved"]:
         return _append_index_rows(x, weights, kept, step)
     norm = weights["key_norm"]
     return ops.depend(kept, operator("DecodingIndexRow")(x, weights["key"]["weight"], norm["weight"], kept,
-                                                         step["position"], step["cos"], step["sin"], norm["eps"]))
+                                                         step["position"], rope["cos"], rope["sin"], norm["eps"]))
 
 
 def select_rows(x, q_latent, weights, kept, step):
-    if not step["decode"]:
+    rope = step["rope"]
+    if not step["decode"] or rope["interleaved"]:
         return _select_rows(x, q_latent, weights, kept, step)
     norm = weights["key_norm"]
     indices = operator("DecodingSelect")(
-        x, weights["key"]["weight"], norm["weight"], kept, step["position"], step["cos"], step["sin"], q_latent,
+        x, weights["key"]["weight"], norm["weight"], kept, step["position"], rope["cos"], rope["sin"], q_latent,
         weights["query"]["weight"], weights["head_weights"]["weight"], _places(weights["topk"]), norm["eps"])
     return indices, kept
 

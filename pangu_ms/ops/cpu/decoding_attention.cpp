@@ -17,14 +17,16 @@ struct Window {
     const float* kept;
     int64_t dim, places, window;
 
+    // Without a window tokens before the text see its first row: of nothing at all there is no softmax.
+    int64_t place(int64_t token) const { return window ? tokens.at(token) : std::max<int64_t>(tokens.at(token), 0); }
     int64_t together() const { return tokens.length; }
-    int64_t last(int64_t group) const { return tokens.at((group + 1) * tokens.length - 1); }
+    int64_t last(int64_t group) const { return place((group + 1) * tokens.length - 1); }
     int64_t count(int64_t group) const { return std::clamp<int64_t>(last(group) + 1, 0, places); }
     int64_t block() const { return places; }
     int64_t copied() const { return 0; }
     const float* rows(int64_t group, int64_t at, int64_t, float*) const { return kept + (group * places + at) * dim; }
     void mark(int64_t group, int64_t token, char* seen) const {
-        const int64_t at = tokens.at(token);
+        const int64_t at = place(token);
         for (int64_t s = 0; s < count(group); s++) {
             const int64_t rest = (last(group) - s) % places, back = at - last(group) + rest;  // from query to row
             seen[s] = back >= 0 && back <= at && (!window || back < window);

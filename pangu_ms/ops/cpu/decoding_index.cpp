@@ -14,7 +14,7 @@
 // -> key [B * T, D], which `kept` then holds
 static void index_rows(const Call& call, float eps, float* key) {
     const Tokens tokens = tokens_of(call, 4);
-    const Angles angles = angles_of(call, 5);
+    const Angles angles = angles_of(call, 5, false);
     const int64_t dim = call.dim(1, 0), rows = tokens.count(), places = call.dim(3, 0) / tokens.batch;
     linear(call.floats(0), call.floats(1), rows, call.dim(1, 1), dim, key);
     for (int64_t row = 0; row < rows; row++, key += dim) {
@@ -47,7 +47,7 @@ static void pick(const float* x, int64_t n, int64_t count, int32_t* chosen) {
 // -> the positions int32 [B, T, K] of the best rows; `all`, which is 0 to K - 1, for a query that sees no more than K
 OPERATOR(DecodingSelect) {
     const Tokens tokens = tokens_of(call, 4);
-    const Angles angles = angles_of(call, 5);
+    const Angles angles = angles_of(call, 5, false);
     const int64_t dim = call.dim(1, 0), heads = call.dim(9, 0), rows = tokens.count(), k = call.dim(10, 0),
                   places = call.dim(3, 0) / tokens.batch, queries = tokens.length * heads, panels = panels_of(queries);
     int64_t most = 0;                                   // rows that a query sees

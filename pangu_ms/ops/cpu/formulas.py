@@ -30,8 +30,8 @@ def masked_softmax(score, visible, scale):
     return operator("MaskedSoftmax")(score, visible, scale)
 
 
-def apply_rope(x, cos, sin, start):
-    return operator("Rotate")(x, cos, sin, start)
+def apply_rope(x, rope, start):
+    return operator("Rotate")(x, rope["cos"], rope["sin"], start, rope["interleaved"])
 
 
 def rotary_angles(coarse, fine, position):
@@ -62,8 +62,9 @@ def mhc_merge(streams, gates):
                                             gates["beta"], gates["norm"]["eps"])
 
 
-def latent_rows(latent, kv, norm, cos, sin):
-    return operator("LatentRows")(latent, kv, norm["weight"], cos, sin, norm["eps"])
+def latent_rows(latent, kv, norm, rope):
+    return operator("LatentRows")(latent, kv, norm["weight"], rope["cos"], rope["sin"], norm["eps"],
+                                  rope["interleaved"])
 
 
 def expanded_attention(q, sinks, keys, visible, kv_b, scale):
@@ -74,27 +75,41 @@ def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
     return operator("AbsorbedAttention")(q, sinks, keys, visible, kv_b["weight"], scale)
 
 
-def grouped_attention(q, keys, values, visible, scale):
+def grouped_attention(q, keys, values, visible, scale, sinks):
     """For few queries keys and values are read as they lie in the cache: head by head they would have to be copied.
 
     A query is as wide as the keys of all G heads, and zero but for those it reads. That multiplies G times as much,
-    which costs less than the copies do.
+    which costs less than the copies do. Sinks meet the queries in products of their own, for the same reason.
     """
     batch, length, heads, width = q.shape
-    rows, groups = keys.shape[1], keys.shape[2]
+    rows, groups, value = keys.shape[1], keys.shape[2], values.shape[3]
     if not isconstant(length):                                                  # in a prefill
-        return _grouped_attention(q, keys, values, visible, scale)
+        return _grouped_attention(q, keys, values, visible, scale, sinks)
     if length > FEW_ROWS:
-        return _grouped_attention(q, keys, values, visible, scale)
+        return _grouped_attention(q, keys, values, visible, scale, sinks)
     reads = ops.expand_dims(ops.arange(heads) // (heads // groups), 1) == ops.arange(groups)
     reads = ops.expand_dims(ops.cast(reads, q.dtype), 2)                        # [N, G, 1]
     keys = ops.reshape(keys, (batch, rows, groups * width))
-    values = ops.reshape(values, (batch, rows, groups * width))
+    values = ops.reshape(values, (batch, rows, groups * value))
     q = ops.reshape(ops.expand_dims(q, 3) * reads, (batch, length * heads, groups * width))
-    score = ops.reshape(ops.BatchMatMul(transpose_b=True)(q, keys), (batch, length, heads, rows))
-    prob = ops.reshape(masked_softmax(score, visible, scale), (batch, length * heads, rows))
-    out = ops.reshape(ops.BatchMatMul()(prob, values), (batch, length, heads, groups, width))
-    return ops.reshape(ops.sum(out * reads, 3), (batch, length, heads * width))
+    score = ops.BatchMatMul(transpose_b=True)(q, keys)                          # [B, T * N, S]
+    if sinks is None:
+        out = ops.BatchMatMul()(_seen(score, visible, scale), values)
+    else:
+        count = sinks["keys"].shape[0]
+        sink_score = ops.matmul(q, ops.transpose(ops.reshape(sinks["keys"], (count, -1)), (1, 0)))
+        prob = _seen(ops.cat((sink_score, score), 2), visible, scale)
+        out = (ops.matmul(prob[:, :, :count], ops.reshape(sinks["values"], (count, -1)))
+               + ops.BatchMatMul()(prob[:, :, count:], values))
+    out = ops.reshape(out, (batch, length, heads, groups, value))
+    return ops.reshape(ops.sum(out * reads, 3), (batch, length, heads * value))
+
+
+def _seen(score, visible, scale):
+    """Scores [B, T * N, S] -> probabilities of what is visible, bool [B, T, 1, S]."""
+    batch, pairs, length = score.shape[0], score.shape[1], visible.shape[1]
+    prob = masked_softmax(ops.reshape(score, (batch, length, pairs // length, -1)), visible, scale)
+    return ops.reshape(prob, (batch, pairs, -1))
 
 
 def choose_experts(logits, bias, scale, normalise):

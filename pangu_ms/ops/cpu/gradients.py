@@ -28,8 +28,9 @@ def swiglu(gradient):
 
 
 def rotate(gradient):
-    def bprop(x, cos, sin, start, out, dout):
-        return gradient(x, cos, sin, start, dout), zeros_like(cos), zeros_like(sin), zeros_like(start)
+    def bprop(x, cos, sin, start, interleaved, out, dout):
+        dx = gradient(x, cos, sin, start, interleaved, dout)
+        return dx, zeros_like(cos), zeros_like(sin), zeros_like(start), zeros_like(interleaved)
     return bprop
 
 
@@ -62,9 +63,10 @@ def hyper_connection_merge(gradient):
 
 
 def latent_rows(gradient):
-    def bprop(latent, kv, weight, cos, sin, eps, out, dout):
-        dlatent, dkv, dweight = gradient(latent, kv, weight, cos, sin, eps, dout)
-        return dlatent, dkv, dweight, zeros_like(cos), zeros_like(sin), zeros_like(eps)
+    def bprop(latent, kv, weight, cos, sin, eps, interleaved, out, dout):
+        dlatent, dkv, dweight = gradient(latent, kv, weight, cos, sin, eps, interleaved, dout)
+        return (dlatent, dkv, dweight, zeros_like(cos), zeros_like(sin), zeros_like(eps),
+                zeros_like(interleaved))
     return bprop
 
 

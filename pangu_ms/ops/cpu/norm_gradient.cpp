@@ -21,18 +21,18 @@ SHAPES_OF(RmsNormGradient, 0, 1)
 // The arguments of LatentRows, dy [B, T, L + R] -> dlatent, dkv, dweight
 OPERATOR(LatentRowsGradient) {
     const int64_t length = call.dim(1, 1), latent = call.dim(0, 2), width = call.dim(1, 2), half = (width - latent) / 2;
-    const bool shared = call.dim(3, 0) == 1;            // one set of angles for all sequences
+    const bool shared = call.dim(3, 0) == 1, interleaved = *call.bools(6);  // shared: angles for all sequences
     const float *x = call.floats(0), *weight = call.floats(2), *cosines = call.floats(3), *sines = call.floats(4),
-                eps = call.real(5), *dy = call.floats(6);
-    float *dx = call.floats(7), *dkv = call.floats(8);
-    sum_over_rows(call.dim(1, 0) * length, latent, call.floats(9), [=](int64_t first, int64_t last, float* dweight) {
+                eps = call.real(5), *dy = call.floats(7);
+    float *dx = call.floats(8), *dkv = call.floats(9);
+    sum_over_rows(call.dim(1, 0) * length, latent, call.floats(10), [=](int64_t first, int64_t last, float* dweight) {
         for (int64_t row = first; row < last; row++) {
             const int64_t angle = (shared ? row % length : row) * half;
             const float* d = dy + row * width;
             float* to = dkv + row * width;
             rms_norm_gradient(x + row * latent, weight, eps, latent, d, dx + row * latent, dweight);
             std::fill(to, to + latent, 0.0f);           // of kv, only the key part is read
-            turn_back(d + latent, cosines + angle, sines + angle, half, to + latent);
+            turn_back(d + latent, cosines + angle, sines + angle, half, interleaved, to + latent);
         }
     });
 }

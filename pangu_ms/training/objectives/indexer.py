@@ -37,8 +37,9 @@ class IndexerLoss(nn.Cell):
                                   self.output["kv_b"], self.output["scale"])
             mass = self.attention.reduce(mass)                                  # of all heads
             target = ops.stop_gradient(mass / (ops.sum(mass, -1, keepdim=True) + 1e-20))
-            angles = {"cos": step["cos"][:, first:end], "sin": step["sin"][:, first:end]}
-            score = indexer.scores(x[:, first:end], q_latent[:, first:end], index_keys[:, :end], angles)
+            rope = {"cos": step["rope"]["cos"][:, first:end], "sin": step["rope"]["sin"][:, first:end],
+                    "interleaved": step["rope"]["interleaved"]}
+            score = indexer.scores(x[:, first:end], q_latent[:, first:end], index_keys[:, :end], {"rope": rope})
             total = total + ops.sum(_divergence(target, score, visible) * weight[:, first:end])
         return total
 

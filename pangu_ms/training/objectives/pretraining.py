@@ -31,6 +31,7 @@ class Pretraining(nn.Cell):
     Attributes:
         part_names (tuple[str, ...]):
         moe_layers (tuple[int, ...]): places in `plan.layers` of the rows of load.
+        biased (bool): the routers of these layers have selection biases.
     """
 
     def __init__(self, causal_lm, settings):
@@ -42,9 +43,13 @@ class Pretraining(nn.Cell):
         layers = list(enumerate(plan.layers[:self.trunk + self.depths]))
         self.moe_layers = tuple(place for place, layer in layers if layer.moe)
         self.indexed_layers = tuple(place for place, layer in layers if layer.attention.indexer)
+        self.biased = any(layer.feed_forward.selection_bias for _, layer in layers if layer.moe)
         self.experts = max((layer.feed_forward.num_experts for _, layer in layers if layer.moe), default=0)
         self.balanced, self.z = (coeff > 0 and len(self.moe_layers) > 0 and not self.warm_up
                                  for coeff in (settings.balance_loss_coeff, settings.z_loss_coeff))
+        if settings.router_bias_update_rate > 0 and not self.biased:
+            raise ConfigError(f"pangu_training.router_bias_update_rate: found {settings.router_bias_update_rate}, but "
+                              "no router of the model has a selection bias; take 0")
         self.indexed = settings.indexer_loss != "off"
         if self.indexed and not self.indexed_layers:
             raise ConfigError(f"pangu_training.indexer_loss: found {settings.indexer_loss}, but no layer of the model "

@@ -20,7 +20,8 @@ class Group(NamedTuple):
     """What parameters that are updated together have in common.
 
     Attributes:
-        matrix: for Muon (shape on this rank, row pattern, axis along which tensor ranks cut it, or None); None: AdamW.
+        matrix: for Muon (shape on this rank, row pattern of what tensor ranks hold together, axis along which they cut
+            it, or None); None: AdamW.
         sharded: where ranks that hold the same parameters share their states (the dimension of those ranks, dtype,
             whether they decay); None: every rank keeps the states of all that it holds.
         number: of the groups that are alike but for this.
@@ -47,7 +48,8 @@ def group_parameters(shapes, dtypes, tensors: dict[str, Parameter], ranks: Ranks
         tensor, matrix, sharded = tensors[name], None, None
         if muon and tensor.is_matrix:
             split = tensor.split_over("tensor") if ranks.tensor > 1 else None
-            matrix = shape, tensor.row_pattern, split and split.axis
+            parts = ranks.tensor if split and split.axis == "rows" else 1
+            matrix = shape, tensor.joined_pattern(parts), split and split.axis
         holders = holders_of(tensor)
         holding = ranks.size(holders) if shard_states else 1
         if holding > 1:

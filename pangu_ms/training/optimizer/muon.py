@@ -11,7 +11,7 @@ class Muon(nn.Cell):
     """One step of Muon for parameters of one shape and one `row_pattern` -> their new values.
 
     Args:
-        row_pattern: of the whole parameters, see `tensors.Parameter`.
+        row_pattern: of the whole parameters, or of what ranks hold together: `tensors.Parameter.joined_pattern`.
         decay: decoupled weight decay.
         matrices: where tensor parallel ranks share the parameters, the `WholeMatrices` that brings them together.
     """

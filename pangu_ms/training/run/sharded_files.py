@@ -66,8 +66,11 @@ def write_parts(path: str, arrays: dict[str, np.ndarray], share: Share) -> None:
     data, whole = _mapped(path, "r+")
     for name, part in share.parts(arrays).items():
         if share.first(part):
-            place = part.view(whole[name]) if part else whole[name]
-            place[...] = np.ascontiguousarray(arrays[name]).reshape(arrays[name].shape).view(place.dtype)
+            values = np.ascontiguousarray(arrays[name]).reshape(arrays[name].shape).view(whole[name].dtype)
+            if part:
+                part.write_into(whole[name], values)
+            else:
+                whole[name][...] = values
     data.flush()
 
 
@@ -84,7 +87,7 @@ def read_parts(path: str, share: Share) -> dict[str, np.ndarray]:
         if part and whole[name].shape != part.parameter.shape:
             raise CheckpointError(f"{path}: {name}: found {list(whole[name].shape)}, wanted "
                                   f"{list(part.parameter.shape)} by config.json; put the right file there")
-        found[name] = np.array(part.view(whole[name]) if part else whole[name])
+        found[name] = part.part_of(whole[name]) if part else np.array(whole[name])
     return found
 
 

@@ -79,7 +79,7 @@ def test_ranks_write_what_one_process_would(tmp_path, data, ranks):
 
     def held(arrays, ranks):
         names = {name: name.removeprefix("muon.") for name in arrays}
-        return {name: sliced(known[names[name]], ranks).view(values) if names[name] in known else values
+        return {name: sliced(known[names[name]], ranks).part_of(values) if names[name] in known else values
                 for name, values in arrays.items()}
 
     def save_all(directory, ranks):
