@@ -6,11 +6,12 @@ import mindspore as ms
 from mindspore import ops
 
 from pangu_ms.device import replaceable
+from pangu_ms.shaping import arange
 
 
 def growing_slots(position, capacity):
     """position int32 [B, T] -> slots int32 [B, T] in a growing tensor [B * capacity, D]."""
-    return position + ops.expand_dims(ops.arange(position.shape[0], dtype=ms.int32) * capacity, 1)
+    return position + ops.expand_dims(arange(position.shape[0]) * capacity, 1)
 
 
 def ring_slots(position, size, decode, count=None):
@@ -24,7 +25,7 @@ def ring_slots(position, size, decode, count=None):
         "read": slots int32 [B, size] of the rows before the new ones, oldest first; nothing real lies before position
         0. "write": slots of the new rows [B, T], or of the last `size` rows, new or old [B, size]. And the arguments.
     """
-    span = ops.arange(size, dtype=ms.int32)
+    span = arange(size)
     if decode:
         written = position
     else:
@@ -36,7 +37,7 @@ def ring_slots(position, size, decode, count=None):
 
 def in_ring(position, size):
     """Slots of positions int32 [B, ...] of each sequence in rings [B * size, D]."""
-    return position % size + ops.expand_dims(ops.arange(position.shape[0], dtype=ms.int32) * size, 1)
+    return position % size + ops.expand_dims(arange(position.shape[0]) * size, 1)
 
 
 @replaceable
@@ -48,7 +49,7 @@ def ring_update(ring, new, slots):
     elif count is None:
         rows = ops.cat((past, new), 1)[:, -past.shape[1]:]
     else:
-        rows = ops.gather(ops.cat((past, new), 1), count + ops.arange(past.shape[1], dtype=ms.int32), 1)
+        rows = ops.gather(ops.cat((past, new), 1), count + arange(past.shape[1]), 1)
     return ops.depend(past, ops.scatter_update(ring, slots["write"], rows))     # a write nobody uses is dropped
 
 

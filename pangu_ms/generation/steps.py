@@ -5,6 +5,7 @@ from mindspore import nn, ops
 from pangu_ms.cache.rings import append, in_ring, ring_slots, ring_update
 from pangu_ms.cache.sizes import hidden_rows, tensor_shapes
 from pangu_ms.model.step_info import StepInfo
+from pangu_ms.shaping import arange
 
 # Rows of room in every ring when drafts may be rolled back. A draft step computes the last drafts + depths rows of the
 # MTP layers anew and drafts - depths behind them, and for a short text the first of those lie before position 0, in
@@ -63,7 +64,7 @@ class Step(nn.Cell):
     def construct(self, ids, start, tensors, count=None):
         cache = named(self.names, tensors)
         new = ids[:, :-self.depths] if self.depths else ids
-        position = start + ops.arange(new.shape[1], dtype=ms.int32)             # [B, T]
+        position = start + arange(new.shape[1])                                 # [B, T]
         capacity = 1
         if self.growing is not None:
             capacity = cache[self.growing[0]][self.growing[1]].shape[0] // ids.shape[0]
@@ -125,7 +126,7 @@ class Draft(nn.Cell):
 
     def construct(self, tokens, start, tensors):
         cache, ring = named(self.names, tensors), tensors[len(self.names)][0]
-        position = start + ops.arange(tokens.shape[1], dtype=ms.int32)          # [B, M]
+        position = start + arange(tokens.shape[1])                              # [B, M]
         step = self.step_info(position, 1, True, False)
         hidden = self.causal_lm.mtp_hidden(ops.gather(ring, in_ring(position, hidden_rows(SLACK)), 0))      # [B, M, H]
         drafts, logits = (), ()

@@ -20,6 +20,7 @@ from pangu_ms.model.norm import RMSNorm, rms_norm
 from pangu_ms.model.rope import apply_rope
 from pangu_ms.model.short_conv import ShortConv, conv_with_taps
 from pangu_ms.parallel import collectives
+from pangu_ms.shaping import arange
 
 # ---------------------------------------------------------------- the steps of a layer
 
@@ -140,7 +141,7 @@ def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
     Left out of indices is what is below 0 or behind the query's position: a query may have fewer rows than K.
     """
     b, s, d = keys.shape
-    start = ops.reshape(ops.arange(b, dtype=ms.int32) * s, (b, 1, 1))
+    start = ops.reshape(arange(b) * s, (b, 1, 1))
     rows = ops.gather(ops.reshape(keys, (-1, d)), ops.cast(ops.maximum(indices, 0) + start, ms.int32), 0)
     counts = ops.logical_and(indices >= 0, indices <= ops.expand_dims(position, 2))
     return absorbed_attention(q, sinks, rows, with_sinks(counts, sinks.shape[0]), kv_b, scale)

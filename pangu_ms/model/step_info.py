@@ -10,6 +10,7 @@ from mindspore import nn, ops
 from pangu_ms.cache.rings import growing_slots, ring_slots
 from pangu_ms.model.latent_attention import with_sinks
 from pangu_ms.model.rope import RotaryAngles
+from pangu_ms.shaping import arange
 
 
 class StepInfo(nn.Cell):
@@ -50,7 +51,7 @@ class StepInfo(nn.Cell):
         last = position[:, -1:] if count is None else position[:, :1] + count - 1               # [B, 1]
         # Padding may lie past the last position that there are angles for.
         cos, sin = self.angles(position if count is None else ops.minimum(position, last))
-        row = ops.arange(position.shape[1], dtype=ms.int32)                     # [T]
+        row = arange(position.shape[1])                                         # [T]
         at = ops.expand_dims(position, 2)                                       # [B, T, 1]
         slots, taps, visible, rings = None, None, {}, {}
         if capacity is None:
@@ -59,14 +60,14 @@ class StepInfo(nn.Cell):
             for window in self.windows:
                 visible[window] = with_sinks(_within(distance, at, window), self.sinks)
         else:
-            causal = _within(at - ops.arange(capacity, dtype=ms.int32), at, None)
+            causal = _within(at - arange(capacity), at, None)
             slots = growing_slots(position, capacity)
             if self.taps > 0:
                 taps = ring_slots(position, self.taps + self.slack, decode, count)
             for window in self.windows:
                 size = window + self.slack
                 # The keys are the ring's rows in order, then the new ones.
-                distance = ops.expand_dims(row, 1) + size - ops.arange(row.shape[0] + size, dtype=ms.int32)
+                distance = ops.expand_dims(row, 1) + size - arange(row.shape[0] + size)
                 visible[window] = with_sinks(_within(distance, at, window), self.sinks)
                 rings[window] = ring_slots(position, size, decode, count)
         visible[0] = with_sinks(causal, self.sinks)
@@ -83,4 +84,4 @@ def _within(distance, at, window):
 
 def positions(ids):
     """ids [B, T], one sequence a row from its start -> int32 [B, T]."""
-    return ops.tile(ops.expand_dims(ops.arange(ids.shape[1], dtype=ms.int32), 0), (ids.shape[0], 1))
+    return ops.tile(ops.expand_dims(arange(ids.shape[1]), 0), (ids.shape[0], 1))
