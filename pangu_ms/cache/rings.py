@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import ops
 
 from pangu_ms.device import replaceable
-from pangu_ms.shaping import arange
+from pangu_ms.shaping import arange, part
 
 
 def growing_slots(position, capacity):
@@ -25,13 +25,13 @@ def ring_slots(position, size, decode, count=None):
         "read": slots int32 [B, size] of the rows before the new ones, oldest first; nothing real lies before position
         0. "write": slots of the new rows [B, T], or of the last `size` rows, new or old [B, size]. And the arguments.
     """
-    span = arange(size)
+    span, first = arange(size), part(position, 1, 0, 1)
     if decode:
         written = position
     else:
-        last = position[:, -1:] if count is None else position[:, :1] + count - 1
+        last = first + (position.shape[1] if count is None else count) - 1
         written = last - size + 1 + span
-    return {"read": in_ring(position[:, :1] - size + span, size), "write": in_ring(written, size), "decode": decode,
+    return {"read": in_ring(first - size + span, size), "write": in_ring(written, size), "decode": decode,
             "count": count}
 
 

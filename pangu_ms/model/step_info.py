@@ -10,7 +10,7 @@ from mindspore import nn, ops
 from pangu_ms.cache.rings import growing_slots, ring_slots
 from pangu_ms.model.latent_attention import with_sinks
 from pangu_ms.model.rope import RotaryAngles
-from pangu_ms.shaping import arange
+from pangu_ms.shaping import arange, part
 
 
 class StepInfo(nn.Cell):
@@ -48,9 +48,8 @@ class StepInfo(nn.Cell):
             capacity: rows that a growing tensor holds for one sequence; None without a cache.
             count: int32 [1], how many of a padded step's rows are real; None: all.
         """
-        last = position[:, -1:] if count is None else position[:, :1] + count - 1               # [B, 1]
         # Padding may lie past the last position that there are angles for.
-        cos, sin = self.angles(position if count is None else ops.minimum(position, last))
+        cos, sin = self.angles(position if count is None else ops.minimum(position, part(position, 1, 0, 1) + count - 1))
         row = arange(position.shape[1])                                         # [T]
         at = ops.expand_dims(position, 2)                                       # [B, T, 1]
         slots, taps, visible, rings = None, None, {}, {}
