@@ -3,10 +3,10 @@
 The row of position p lies at slot p mod R of a ring of R rows. A growing tensor is a ring that has room for all: there
 it is slot p, and a row before the text, which means nothing, lies at the end and not among those of another sequence.
 """
-import mindspore as ms
 from mindspore import ops
 
 from pangu_ms.device import replaceable
+from pangu_ms.shaping import arange, part
 
 
 def ring_slots(position, size, decode, count=None):
@@ -20,19 +20,19 @@ def ring_slots(position, size, decode, count=None):
         "read": slots int32 [B, size] of the rows before the new ones, oldest first; nothing real lies before position
         0. "write": slots of the new rows [B, T], or of the last `size` rows, new or old [B, size]. And the arguments.
     """
-    span = ops.arange(size, dtype=ms.int32)
+    span, first = arange(size), part(position, 1, 0, 1)
     if decode:
         written = position
     else:
-        last = position[:, -1:] if count is None else position[:, :1] + count - 1
+        last = first + (position.shape[1] if count is None else count) - 1
         written = last - size + 1 + span
-    return {"read": in_ring(position[:, :1] - size + span, size), "write": in_ring(written, size), "decode": decode,
+    return {"read": in_ring(first - size + span, size), "write": in_ring(written, size), "decode": decode,
             "count": count}
 
 
 def in_ring(position, size):
     """Slots of positions int32 [B, ...] of each sequence in rings [B * size, D]."""
-    return position % size + ops.expand_dims(ops.arange(position.shape[0], dtype=ms.int32) * size, 1)
+    return position % size + ops.expand_dims(arange(position.shape[0]) * size, 1)
 
 
 @replaceable
@@ -44,7 +44,7 @@ def ring_update(ring, new, slots):
     elif count is None:
         rows = ops.cat((past, new), 1)[:, -past.shape[1]:]
     else:
-        rows = ops.gather(ops.cat((past, new), 1), count + ops.arange(past.shape[1], dtype=ms.int32), 1)
+        rows = ops.gather(ops.cat((past, new), 1), count + arange(past.shape[1]), 1)
     return ops.depend(past, ops.scatter_update(ring, slots["write"], rows))     # a write nobody uses is dropped
 
 

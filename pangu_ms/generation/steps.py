@@ -5,6 +5,7 @@ from mindspore import nn, ops
 from pangu_ms.cache.rings import append, in_ring, ring_slots, ring_update
 from pangu_ms.cache.sizes import hidden_rows, tensor_shapes
 from pangu_ms.model.step_info import StepInfo
+from pangu_ms.shaping import arange
 
 # Rows of room in every ring when drafts may be rolled back. A draft step computes the last drafts + depths rows of the
 # MTP layers anew and drafts - depths behind them, and for a short text the first of those lie before position 0, in
@@ -61,7 +62,7 @@ class Step(nn.Cell):
     def construct(self, ids, start, tensors, count=None):
         cache = named(self.names, tensors)
         new = ids[:, :-self.depths] if self.depths else ids
-        position = start + ops.arange(new.shape[1], dtype=ms.int32)             # [B, T]
+        position = start + arange(new.shape[1])                                 # [B, T]
         step = self.step_info(position, capacity_of(cache, self.growing, ids.shape[0]), self.decode, self.sparse, count)
         merged, _ = self.causal_lm.model(new, step, cache)
         if self.decode:
@@ -123,7 +124,7 @@ class Draft(nn.Cell):
 
     def construct(self, tokens, start, tensors):
         cache, ring = named(self.names, tensors), tensors[len(self.names)][0]
-        position = start + ops.arange(tokens.shape[1], dtype=ms.int32)          # [B, M]
+        position = start + arange(tokens.shape[1])                              # [B, M]
         capacity = capacity_of(cache, self.growing, tokens.shape[0])
         step = self.step_info(position, capacity, True, False)
         hidden = self.causal_lm.mtp_hidden(ops.gather(ring, in_ring(position, hidden_rows(SLACK)), 0))      # [B, M, H]

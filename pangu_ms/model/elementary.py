@@ -34,7 +34,7 @@ def masked_softmax(score, visible, scale):
 @replaceable
 def top_k(scores, k):
     """Positions int32 [..., k] of the k largest of scores [..., S], in any order; exact, ties broken either way."""
-    return ops.topk(scores, k)[1]
+    return ops.TopK()(scores, k)[1]
 
 
 @replaceable

@@ -16,6 +16,7 @@ from pangu_ms.model.linear import Linear, dense_weight, parameter
 from pangu_ms.model.pieces import BLOCK
 from pangu_ms.model.router import route
 from pangu_ms.parallel import collectives
+from pangu_ms.shaping import arange
 
 
 @replaceable
@@ -55,17 +56,17 @@ def experts_grouped(x, ids, weights, matrices):
     pairs = chosen.shape[0]
     blocks = (pairs + BLOCK - 1) // BLOCK + count
     # Where each pair goes: its expert's first row plus the number of earlier pairs of that expert.
-    of_expert = ops.cast(ops.expand_dims(chosen, 1) == ops.arange(count, dtype=ms.int32), ms.float32)  # [P, E]
+    of_expert = ops.cast(ops.expand_dims(chosen, 1) == arange(count), ms.float32)                      # [P, E]
     before = ops.cumsum(of_expert, 0) - of_expert
     load = ops.cast(ops.sum(of_expert, 0), ms.int32)                            # [E]
     end = ops.cumsum((load + BLOCK - 1) // BLOCK, 0)                            # [E], in blocks
     first = (end - (load + BLOCK - 1) // BLOCK) * BLOCK                         # [E], in rows
     rank = ops.cast(ops.sum(before * of_expert, 1), ms.int32)                   # [P]
     row = ops.gather(first, chosen, 0) + rank                                   # [P]
-    ended = ops.cast(ops.expand_dims(ops.arange(blocks, dtype=ms.int32), 1) >= end, ms.int32)  # [blocks, E]
+    ended = ops.cast(ops.expand_dims(arange(blocks), 1) >= end, ms.int32)                      # [blocks, E]
     expert = ops.minimum(ops.sum(ended, 1), count - 1)
     # Row -> token; rows that no pair fills read the zero token at the end.
-    token = ops.arange(pairs, dtype=ms.int32) // k
+    token = arange(pairs) // k
     source = ops.tensor_scatter_update(ops.full((blocks * BLOCK,), n, dtype=ms.int32), ops.expand_dims(row, 1),
                                        ops.cast(token, ms.int32))
     padded = ops.cat((tokens, ops.zeros((1, x.shape[-1]), x.dtype)), 0)         # [N + 1, H]

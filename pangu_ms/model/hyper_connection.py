@@ -49,7 +49,7 @@ def sinkhorn(a, rounds):
 @replaceable
 def mhc_post(y, post, residual_mix, streams):
     """New stream j = post[j] * y + sum_i residual_mix[i, j] * streams[i]. y [B, T, H] -> [B, T, N, H]."""
-    mixed = ops.matmul(ops.swapaxes(residual_mix, -1, -2), ops.cast(streams, ms.float32))
+    mixed = ops.matmul(ops.transpose(residual_mix, (0, 1, 3, 2)), ops.cast(streams, ms.float32))
     return ops.cast(post * ops.cast(ops.expand_dims(y, 2), ms.float32) + mixed, streams.dtype)
 
 

@@ -8,6 +8,7 @@ from pangu_ms.model.elementary import MASKED, top_k
 from pangu_ms.model.linear import Linear, linear
 from pangu_ms.model.norm import RMSNorm, rms_norm
 from pangu_ms.model.rope import apply_rope
+from pangu_ms.shaping import arange
 
 
 def index_scores(q, keys, weight):
@@ -62,7 +63,7 @@ def topk_indices(q, keys, weight, position, k):
     Arguments of `index_scores`.
     """
     scores = index_scores(q, keys, weight)
-    behind = ops.arange(keys.shape[1], dtype=position.dtype) > ops.expand_dims(position, 2)
+    behind = arange(keys.shape[1]) > ops.expand_dims(position, 2)
     return top_k(ops.masked_fill(scores, behind, MASKED), k)
 
 

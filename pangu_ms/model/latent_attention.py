@@ -20,6 +20,7 @@ from pangu_ms.model.norm import RMSNorm, rms_norm
 from pangu_ms.model.rope import apply_rope
 from pangu_ms.model.short_conv import ShortConv, conv_with_taps
 from pangu_ms.parallel import collectives
+from pangu_ms.shaping import arange, part
 
 # ---------------------------------------------------------------- the steps of a layer
 
@@ -47,7 +48,7 @@ def latent_keys(x, weights, taps, kept, step, window):
     """
     kv = linear(x, weights["down"])                                             # [B, T, latent + rope]
     width = weights["latent"]
-    rows = latent_rows(conv_with_taps(kv[..., :width], weights["conv"], taps, step), kv, weights["norm"],
+    rows = latent_rows(conv_with_taps(part(kv, -1, 0, width), weights["conv"], taps, step), kv, weights["norm"],
                        step["rope"])
     if kept is None:
         return rows
@@ -109,7 +110,7 @@ def expanded_attention(q, sinks, keys, visible, kv_b, scale):
     k_pe = ops.expand_dims(keys[..., latent:], 1)                               # [B, 1, S0 + S, rope]
     q = ops.transpose(q, (0, 2, 1, 3))                                          # [B, heads, T, nope + rope]
     score = ops.BatchMatMul(transpose_b=True)(q[..., :nope], kv[..., :nope])
-    score = score + ops.matmul(q[..., nope:], ops.swapaxes(k_pe, 2, 3))
+    score = score + ops.matmul(q[..., nope:], ops.transpose(k_pe, (0, 1, 3, 2)))
     prob = masked_softmax(score, ops.transpose(visible, (0, 2, 1, 3)), scale)   # [B, heads, T, S0 + S]
     out = ops.transpose(ops.matmul(prob, kv[..., nope:]), (0, 2, 1, 3))
     return ops.reshape(out, (batch, -1, heads * out.shape[-1]))
@@ -140,7 +141,7 @@ def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
     Left out of indices is what is below 0 or behind the query's position: a query may have fewer rows than K.
     """
     b, s, d = keys.shape
-    start = ops.reshape(ops.arange(b, dtype=ms.int32) * s, (b, 1, 1))
+    start = ops.reshape(arange(b) * s, (b, 1, 1))
     rows = ops.gather(ops.reshape(keys, (-1, d)), ops.cast(ops.maximum(indices, 0) + start, ms.int32), 0)
     counts = ops.logical_and(indices >= 0, indices <= ops.expand_dims(position, 2))
     return absorbed_attention(q, sinks, rows, with_sinks(counts, sinks.shape[0]), kv_b, scale)

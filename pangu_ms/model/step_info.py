@@ -4,12 +4,12 @@ A call handles T new rows of B sequences. Without a cache those are all rows the
 earlier rows through its rings and its growing tensors, and this file says where they lie and which of them each new row
 may see.
 """
-import mindspore as ms
 from mindspore import nn, ops
 
 from pangu_ms.cache.rings import in_ring, ring_slots
 from pangu_ms.model.latent_attention import with_sinks
 from pangu_ms.model.rope import RotaryAngles
+from pangu_ms.shaping import arange, part
 
 
 class StepInfo(nn.Cell):
@@ -47,10 +47,11 @@ class StepInfo(nn.Cell):
             capacity: rows that a growing tensor holds for one sequence; None without a cache.
             count: int32 [1], how many of a padded step's rows are real; None: all.
         """
-        last = position[:, -1:] if count is None else position[:, :1] + count - 1               # [B, 1]
-        # Padding may lie past the last position that there are angles for.
-        cos, sin = self.angles(position if count is None else ops.minimum(position, last))
-        row = ops.arange(position.shape[1], dtype=ms.int32)                     # [T]
+        real = position
+        if count is not None:                                                   # padding may lie past the last angles
+            real = ops.minimum(position, part(position, 1, 0, 1) + count - 1)
+        cos, sin = self.angles(real)
+        row = arange(position.shape[1])                                         # [T]
         at = ops.expand_dims(position, 2)                                       # [B, T, 1]
         slots, taps, visible, rings = None, None, {}, {}
         if capacity is None:
@@ -61,14 +62,14 @@ class StepInfo(nn.Cell):
         else:
             # Rows before the text see its first: a row that sees nothing would be no number, and spread.
             seen_from = ops.maximum(at, 0)
-            causal = _within(seen_from - ops.arange(capacity, dtype=ms.int32), seen_from, None)
+            causal = _within(seen_from - arange(capacity), seen_from, None)
             slots = in_ring(position, capacity)
             if self.taps > 0:
                 taps = ring_slots(position, self.taps + self.slack, decode, count)
             for window in self.windows:
                 size = window + self.slack
                 # The keys are the ring's rows in order, then the new ones.
-                distance = ops.expand_dims(row, 1) + size - ops.arange(row.shape[0] + size, dtype=ms.int32)
+                distance = ops.expand_dims(row, 1) + size - arange(row.shape[0] + size)
                 visible[window] = with_sinks(_within(distance, at, window), self.sinks)
                 rings[window] = ring_slots(position, size, decode, count)
         visible[0] = with_sinks(causal, self.sinks)
@@ -85,4 +86,4 @@ def _within(distance, at, window):
 
 def positions(ids):
     """ids [B, T], one sequence a row from its start -> int32 [B, T]."""
-    return ops.tile(ops.expand_dims(ops.arange(ids.shape[1], dtype=ms.int32), 0), (ids.shape[0], 1))
+    return ops.tile(ops.expand_dims(arange(ids.shape[1]), 0), (ids.shape[0], 1))

@@ -6,6 +6,7 @@ from pangu_ms.model import experts
 from pangu_ms.model.elementary import swiglu
 from pangu_ms.model.experts import expert_count, weighted_sum
 from pangu_ms.model.linear import dense_weight
+from pangu_ms.shaping import arange
 
 MOST_EXPERTS = 1024             # of the grouped product
 MOST_CHOICES = 512              # of the sort
@@ -28,9 +29,9 @@ def experts_grouped(x, ids, weights, matrices):
     here = ops.logical_and(ids >= 0, ids < count)
     sorted_by = ops.reshape(ops.select(here, ids, ops.full_like(ids, count)), (-1, k))
     rows, places = ops.moe_token_permute(tokens, sorted_by)                 # [P, H], [P]
-    of_expert = ops.expand_dims(ops.reshape(ids, (-1,)), 1) == ops.arange(count, dtype=ms.int32)    # [P, E]
+    of_expert = ops.expand_dims(ops.reshape(ids, (-1,)), 1) == arange(count)                        # [P, E]
     sizes = ops.cast(ops.sum(ops.cast(of_expert, ms.float32), 0), ms.int64)
-    pair = ops.expand_dims(ops.arange(rows.shape[0]), 1)                    # [P, 1]
+    pair = ops.expand_dims(arange(rows.shape[0]), 1)                        # [P, 1]
     grouped = ops.broadcast_to(pair < ops.sum(sizes), rows.shape)
     rows = ops.select(grouped, rows, ops.zeros_like(rows))
     inner = swiglu(_product(rows, matrices["gate"], sizes), _product(rows, matrices["up"], sizes))

@@ -7,6 +7,7 @@ from pangu_ms.cache import rings
 from pangu_ms.model import grouped_query_attention
 from pangu_ms.model.linear import add_bias, without_bias
 from pangu_ms.ops.cpu.library import operator
+from pangu_ms.shaping import arange
 
 FEW_ROWS = 8    # of a sequence: decoding
 
@@ -87,7 +88,7 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
         return _grouped_attention(q, keys, values, visible, scale, sinks)
     if length > FEW_ROWS:
         return _grouped_attention(q, keys, values, visible, scale, sinks)
-    reads = ops.expand_dims(ops.arange(heads) // (heads // groups), 1) == ops.arange(groups)
+    reads = ops.expand_dims(arange(heads) // (heads // groups), 1) == arange(groups)
     reads = ops.expand_dims(ops.cast(reads, q.dtype), 2)                        # [N, G, 1]
     keys = ops.reshape(keys, (batch, rows, groups * width))
     values = ops.reshape(values, (batch, rows, groups * value))

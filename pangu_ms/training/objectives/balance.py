@@ -2,10 +2,12 @@
 import mindspore as ms
 from mindspore import ops
 
+from pangu_ms.shaping import arange
+
 
 def expert_load(ids, experts, real):
     """ids int32 [B, T, K], real [B, T] of `real_rows` -> tokens of each expert in each sequence, float32 [B, E]."""
-    hit = ops.expand_dims(ids, -1) == ops.arange(experts, dtype=ms.int32)       # [B, T, K, E]
+    hit = ops.expand_dims(ids, -1) == arange(experts)                           # [B, T, K, E]
     return ops.sum(ops.cast(hit, ms.float32) * ops.reshape(real, real.shape + (1, 1)), (1, 2))
 
 

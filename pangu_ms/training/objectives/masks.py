@@ -3,6 +3,7 @@ import mindspore as ms
 from mindspore import ops
 
 from pangu_ms.model.trace import tokens_ahead
+from pangu_ms.shaping import arange
 
 
 def mtp_mask(loss_mask, position, depth):
@@ -13,6 +14,6 @@ def mtp_mask(loss_mask, position, depth):
 
 def real_rows(loss_mask, position):
     """float32 [B, T]: one on the rows of documents of which some row counts, zero on padding."""
-    start = ops.arange(position.shape[1], dtype=ms.int32) - position            # of each row's document
+    start = arange(position.shape[1]) - position                                # of each row's document
     counted = ops.tensor_scatter_elements(ops.zeros_like(loss_mask), start, loss_mask, 1, "add")
     return ops.cast(ops.gather_elements(counted, 1, start) > 0, ms.float32)

@@ -22,9 +22,7 @@ class Muon(nn.Cell):
         self.moments = ms.ParameterTuple([new_state("muon", p) for p in params])
         self.periods, self.sizes = row_pattern
         self.decay, self.momentum, self.coefficients = decay, momentum, coefficients
-        count = params[0].shape[0] if params[0].ndim == 3 else 1                # matrices of one parameter
-        self.first = tuple(range(0, len(params) * count, count))
-        self.count, self.shape = count, params[0].shape
+        self.shape, self.split = params[0].shape, ops.Split(0, len(params))
         self.matrices = matrices
         self.each = ops.Map()  # a graph's own loop nests one level deeper at every turn
 
@@ -35,8 +33,7 @@ class Muon(nn.Cell):
             updates = self._orthogonal(updates) * rate
         else:
             updates = self.matrices.back(self._orthogonal(self.matrices(updates)), updates) * rate
-        masters = self.each(ops.partial(_subtract, updates, self.count, 1 - rate * self.decay), self.masters,
-                            self.first)
+        masters = self.each(ops.partial(_subtract, 1 - rate * self.decay), self.masters, self.split(updates))
         return self.each(write_back, self.params, masters)
 
     def _orthogonal(self, x):
@@ -59,14 +56,14 @@ def orthogonalise(x, coefficients):
     That size, 0.2 * sqrt(larger side), gives them entries as large as those of AdamW's steps usually are.
     """
     tall = x.shape[1] > x.shape[2]
-    x = ops.swapaxes(x, 1, 2) if tall else x
+    x = ops.transpose(x, (0, 2, 1)) if tall else x
     x = x / (ops.sqrt(ops.sum(ops.square(x), (1, 2), keepdim=True)) + 1e-20)
-    by_transposed = ops.BatchMatMul(transpose_b=True)
+    product, by_transposed = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
     for a, b, c in coefficients:
         gram = by_transposed(x, x)
-        x = x * a + ops.matmul(gram * b + ops.matmul(gram, gram) * c, x)
+        x = x * a + product(gram * b + product(gram, gram) * c, x)
     x = x * (0.2 * math.sqrt(x.shape[2]))
-    return ops.swapaxes(x, 1, 2) if tall else x
+    return ops.transpose(x, (0, 2, 1)) if tall else x
 
 
 def _momentum(momentum, moment, gradient):
@@ -74,6 +71,5 @@ def _momentum(momentum, moment, gradient):
     return gradient + ops.assign(moment, moment * momentum + gradient) * momentum
 
 
-def _subtract(updates, count, keep, master, first):
-    update = ops.slice(updates, (first, 0, 0), (count,) + updates.shape[1:])
+def _subtract(keep, master, update):
     return ops.assign(master, master * keep - ops.reshape(update, master.shape))
