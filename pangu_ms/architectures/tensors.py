@@ -41,6 +41,7 @@ class Table:
         layers: pairs (condition on a `Layer`, rows); names go below "model.layers.{i}.".
         copies: stored a second time in every MTP layer of the release: name below the layer -> what it repeats.
         computed: names below a layer that a release may store although they follow from the config: never read.
+        quantised: how names end that only a quantised release has, which is refused.
     """
 
     first: tuple[tuple, ...]
@@ -48,6 +49,7 @@ class Table:
     last: tuple[tuple, ...]
     copies: dict[str, str]
     computed: tuple[str, ...] = ()
+    quantised: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Update(nn.Cell):
             self.sum = ModelSum(causal_lm.ranks, _tensors(objective, optimizer.parameters))
         self.bias_rate = bias_update_rate if objective.moe_layers else 0.0
         self.biases = ms.ParameterTuple([causal_lm.model.layers[i].mlp.e_score_correction_bias
-                                         for i in objective.moe_layers])
+                                         for i in objective.moe_layers if self.bias_rate > 0])
 
     def construct(self, gradients, load):
         norm = ops.sqrt(self.sum(ops.stack(self.each(_sum_of_squares, gradients))))

@@ -26,9 +26,10 @@ def test_grouped_queries(model, golden, prompt):
     check(Engine(model("embedded"), capacity=4), golden("embedded", "T24"), prompt, chunk=512)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16])
-def test_grouped_queries_of_a_batch_in_chunks(model, golden, chunk):
-    check(Engine(model("embedded_tied"), batch=2, capacity=16), golden("embedded_tied", "T40_B2"), 37, chunk)
+@pytest.mark.parametrize("name, chunk", [("embedded_tied", 1), ("embedded_tied", 7), ("embedded_tied", 16),
+                                         ("pro_moe", 16)])
+def test_grouped_queries_of_a_batch_in_chunks(model, golden, name, chunk):
+    check(Engine(model(name), batch=2, capacity=16), golden(name, "T40_B2"), 37, chunk)
 
 
 @pytest.mark.slow

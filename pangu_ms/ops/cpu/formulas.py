@@ -97,8 +97,9 @@ def grouped_attention(q, keys, values, visible, scale):
     return ops.reshape(ops.sum(out * reads, 3), (batch, length, heads * width))
 
 
-def choose_experts(logits, bias, scale, normalise):
-    return operator("Route")(logits, bias, scale, normalise)
+def choose_experts(logits, router):
+    return operator("Route")(logits, router["bias"], router["scale"], router["scoring"] == "softmax",
+                             router["grouped"], router["normalise"])
 
 
 def experts_gathered(x, ids, weights, matrices):
