@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_pro_moe import PanguProMoEConfig
 from pangu_ms.architectures.tensors import parameters
 from tests import launch
 
@@ -24,15 +25,20 @@ GROUPED = PanguEmbeddedConfig(
     num_key_value_heads=2, rope_theta=1e4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
     eos_token_id=None, pad_token_id=None)
 
+MIXED = PanguProMoEConfig(
+    vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=12,
+    num_experts_per_tok=4, moe_intermediate_size=16, shared_expert_intermediate_size=24, rope_theta=1e4,
+    max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
 # 194 MB, of which each of four ranks takes 86: enough to be measured.
 LARGE = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_intermediate_size=512)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """The directory of a model of CONFIG with random weights; in it those of one of GROUPED and, large, of LARGE."""
+    """The directory of a model of CONFIG with random weights; in it those of GROUPED and MIXED and, large, of LARGE."""
     directory, random = tmp_path_factory.mktemp("model"), np.random.default_rng(3)
-    for config, place in ((CONFIG, directory), (GROUPED, directory / "grouped")):
+    for config, place in ((CONFIG, directory), (GROUPED, directory / "grouped"), (MIXED, directory / "mixed")):
         config.save_pretrained(place)
         tensors = {}
         for name, parameter in parameters(config).items():

@@ -17,7 +17,11 @@ from tests.parallel.conftest import LARGE
 WORKER = Path(worker.__file__)
 
 
-CASES = {"tensor and expert": ((2, 2, 1), ("memory", "train", "drafting")), "grouped": ((2, 1, 1), ("grouped",))}
+CASES = {  # ranks, what they compute, of the checkpoint in which directory
+    "tensor and expert": ((2, 2, 1), ("memory", "train", "drafting"), ""),
+    "grouped queries": ((2, 1, 1), ("grouped",), "grouped"),
+    "grouped experts": ((1, 2, 1), ("grouped",), "mixed"),
+}
 
 
 def whole(what, checkpoint):
@@ -31,10 +35,11 @@ def whole(what, checkpoint):
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_together_are_one_process(checkpoint, msrun, tmp_path, case):
     """Data parallel runs are in tests/test_documented_commands.py."""
-    sizes, computed = CASES[case]
+    sizes, computed, place = CASES[case]
+    checkpoint = checkpoint / place
     code, printed, _ = msrun(np.prod(sizes), WORKER, checkpoint, *sizes, tmp_path, *computed)
     assert code == 0, printed[-3000:]
-    known = parameters(read_config(checkpoint / "grouped" if case == "grouped" else checkpoint))
+    known = parameters(read_config(checkpoint))
     places = Ranks(*sizes[:2])
     wanted = {name: values for what in computed for name, values in whole(what, checkpoint).items()}
     for rank in range(places.count):
