@@ -11,13 +11,19 @@ from mindspore.nn.utils import no_init_parameters
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_pro_moe import PanguProMoEConfig
 
 CONFIG = PanguConfig.flash_92b(
     compute_dtype="bfloat16", num_hidden_layers=2, num_nextn_predict_layers=1, first_k_dense_replace=1,
     dsa_layers=(0,), swa_layers=(1, 2), sliding_window_list=(512, 2048), block_post_layernorm_idx=(0,))
 CHUNK, CAPACITY = 512, 32768
 ALWAYS = {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "TopkExt"}
-MANY_ROWS = ALWAYS | {"FlashAttentionScore", "MoeTokenPermute", "GroupedMatmulV4", "InnerMoeTokenUnpermute"}
+MANY_EXPERTS = {"MoeTokenPermute", "GroupedMatmulV4", "InnerMoeTokenUnpermute"}
+MANY_ROWS = ALWAYS | MANY_EXPERTS | {"FlashAttentionScore"}
+# One layer for all.
+EMBEDDED = PanguEmbeddedConfig.embedded_7b(compute_dtype="bfloat16", num_hidden_layers=1)
+TIED = PanguEmbeddedConfig.embedded_1b(compute_dtype="bfloat16", num_hidden_layers=1)
+PRO_MOE = PanguProMoEConfig.pro_moe_72b(compute_dtype="bfloat16", num_hidden_layers=1)
 
 
 @pytest.fixture
@@ -76,29 +82,29 @@ def test_gradients_of_training(on_ascend, inferred_graph, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [None, 1])
-def test_steps_of_grouped_queries(on_ascend, inferred_graph, length):
-    """At the widths of Embedded 7B, one layer for all."""
+@pytest.mark.parametrize("config, length, heads, primitives", [
+    (EMBEDDED, None, 32, set()), (EMBEDDED, 1, 32, set()), (PRO_MOE, None, 40, MANY_EXPERTS | {"TopkExt"})])
+def test_steps_of_grouped_queries(on_ascend, inferred_graph, config, length, heads, primitives):
     from pangu_ms import PanguForCausalLM
     from pangu_ms.generation.steps import Step
     with no_init_parameters():
-        network = PanguForCausalLM(PanguEmbeddedConfig.embedded_7b(compute_dtype="bfloat16", num_hidden_layers=1))
+        network = PanguForCausalLM(config)
     step = Step(network, 2, length, False, False, CHUNK if length is None else None, 1024)
     found, shapes = inferred_graph(step, *step.get_inputs())
-    assert {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "FlashAttentionScore"} <= found
+    assert {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "FlashAttentionScore"} | primitives <= found
     assert not any("-1" in shape for shape in shapes)
-    assert "2, 1, 153376" in shapes and "2, 1024, 32, 128" not in shapes        # no copies of keys for each query head
+    assert "2, 1, 153376" in shapes and f"2, 1024, {heads}, 128" not in shapes      # no copies of keys for each head
 
 
 @pytest.mark.slow
 def test_gradients_of_grouped_queries(on_ascend, inferred_graph):
-    """At the widths of Embedded 1B, whose head is the embedding."""
+    """Of a head that is the embedding."""
     from pangu_ms import PanguForCausalLM
     from pangu_ms.training.objectives.pretraining import Pretraining
     from pangu_ms.training.objectives.settings import TrainingSettings
     from pangu_ms.training.step import Gradients
     with no_init_parameters():
-        network = PanguForCausalLM(PanguEmbeddedConfig.embedded_1b(compute_dtype="bfloat16", num_hidden_layers=1))
+        network = PanguForCausalLM(TIED)
     forward = Pretraining(network, TrainingSettings())
     ids, mask = (ms.Tensor(shape=[1, 2048], dtype=dtype) for dtype in (ms.int32, ms.float32))
     gradients = Gradients(forward, ms.ParameterTuple(forward.trained_parameters()))
