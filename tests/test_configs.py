@@ -6,6 +6,7 @@ import pytest
 from pangu_ms.architectures import config_from_dict
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_pro_moe import PanguProMoEConfig
 from pangu_ms.architectures.pangu_pro_moe_v2 import PanguProMoEV2Config
 from pangu_ms.yaml_file import read_yaml
 
@@ -35,6 +36,14 @@ def test_embedded_is_embedded():
     assert toy.parameter_count()["trunk"] < 2_000_000 and toy.plan.tied_head and toy.plan.layers[0].attention.bias
 
 
+@pytest.mark.parametrize("name", ["predict_pro_moe_72b.yaml", "finetune_pro_moe_72b_sft.yaml"])
+def test_pro_moe_is_pro_moe(name):
+    assert model_config(name, "pangu_pro_moe") == PanguProMoEConfig.pro_moe_72b(compute_dtype="bfloat16")
+
+
+def test_the_toy_of_pro_moe_is_small():
+    toy = model_config("pretrain_toy_cpu.yaml", "pangu_pro_moe")
+    assert toy.parameter_count()["trunk"] < 4_000_000 and all(layer.feed_forward.groups for layer in toy.plan.layers)
 @pytest.mark.parametrize("name", ["predict_r_72b.yaml", "finetune_r_72b_sft.yaml"])
 def test_r_72b_is_r_72b(name):
     assert model_config(name, "pangu_pro_moe_v2") == PanguProMoEV2Config.r_72b(compute_dtype="bfloat16")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "configs/openpangu_v2/README.md", "configs/openpangu_v2/CLUSTER.md",
-             "configs/pangu_embedded/README.md", "configs/pangu_pro_moe_v2/README.md")
+             "configs/pangu_embedded/README.md", "configs/pangu_pro_moe/README.md", "configs/pangu_pro_moe_v2/README.md")
 # A fresh clone runs these before this test, another test that, and no machine here has the devices for the others.
 ELSEWHERE = re.compile(r"make (demo|test)$|python3.11 -m venv|.venv/bin/pip|python examples/toy_corpus.py"
                        r"|msrun --worker_num=(8|64) |python tools/bench.py ")
@@ -63,7 +63,7 @@ def directory(tmp_path_factory, data, one_layer):
     model = one_layer | {"bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
     words = {name: model[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     small = {"openpangu_v2": model}
-    for folder, name, layers in (("pangu_embedded", "embedded_tied", {}),
+    for folder, name, layers in (("pangu_embedded", "embedded_tied", {}), ("pangu_pro_moe", "pro_moe", {}),
                                  ("pangu_pro_moe_v2", "pro_moe_v2", {"num_hidden_layers": 2})):
         small[folder] = json.loads((data / name / "config.json").read_text()) | layers | words
     for path in (ROOT / "configs").glob("*/*.yaml"):

@@ -16,7 +16,7 @@ from pangu_ms.architectures.tensors import (
     COLUMNS, EMBEDDING, HEAD_COLUMNS, HEAD_ROWS, KV_HEAD_ROWS, NORMAL, ONE, OUTPUT, ROWS, WHOLE, ZERO, Table,
 )
 from pangu_ms.errors import ConfigError
-from pangu_ms.model.plan import FeedForward, GroupedQueryAttention, Layer, Plan
+from pangu_ms.model.plan import FeedForward, GroupedQueryAttention, Layer, MoE, Plan
 
 CHOICES = {  # values that are implemented: no released model has another
     "compute_dtype": COMPUTE_DTYPES, "hidden_act": ("silu",), "attention_dropout": (0,),
@@ -25,14 +25,16 @@ OF_ANOTHER_NETWORK = ("layer_types", "param_sink_number")  # fields of openPangu
 MAY_BE_ZERO = ("bos_token_id", "pad_token_id", "eos_token_id")
 LARGEST = {"num_hidden_layers": 1000}
 
-# name, shape in the words of `PanguEmbeddedConfig.sizes`, how it is cut, component, storage note, initial values
-EVERY_LAYER = (
+# name, shape in the words of `GroupedQueryConfig.sizes`, how it is cut, component, storage note, initial values
+ATTENTION = (
     ("input_layernorm.weight", "hidden", WHOLE, "norm", None, ONE),
     ("self_attn.q_proj.weight", "heads*head hidden", (HEAD_ROWS,), "attention", None, NORMAL),
     ("self_attn.k_proj.weight", "kv_heads*head hidden", (KV_HEAD_ROWS,), "attention", None, NORMAL),
     ("self_attn.v_proj.weight", "kv_heads*head hidden", (KV_HEAD_ROWS,), "attention", None, NORMAL),
     ("self_attn.o_proj.weight", "hidden heads*head", (HEAD_COLUMNS,), "attention", None, OUTPUT),
     ("post_attention_layernorm.weight", "hidden", WHOLE, "norm", None, ONE),
+)
+DENSE = (
     ("mlp.gate_proj.weight", "dense hidden", (ROWS,), "dense_mlp", None, NORMAL),
     ("mlp.up_proj.weight", "dense hidden", (ROWS,), "dense_mlp", None, NORMAL),
     ("mlp.down_proj.weight", "hidden dense", (COLUMNS,), "dense_mlp", None, OUTPUT),
@@ -49,7 +51,8 @@ TIED = Table(
         ("model.embed_tokens.weight", "vocab hidden", (ROWS,), "embedding", None, EMBEDDING),
     ),
     layers=(
-        (lambda layer: True, EVERY_LAYER),
+        (lambda layer: True, ATTENTION),
+        (lambda layer: not layer.moe, DENSE),
         (lambda layer: layer.attention.bias, BIASES),
     ),
     last=(
@@ -61,8 +64,59 @@ TIED = Table(
 UNTIED = dataclasses.replace(TIED, last=(*TIED.last, HEAD))
 
 
+class GroupedQueryConfig(Config):
+    """What the members have in common whose blocks are pre-norm ones of grouped-query attention (section 1 of the
+    family). A subclass says of each layer what `feed_forward(index)` it has."""
+
+    def feed_forward(self, index: int) -> FeedForward | MoE:
+        raise NotImplementedError
+
+    def head_problems(self) -> list[str]:
+        hidden, heads, groups = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if heads % groups:
+            return [f"num_attention_heads: found {heads}, wanted a multiple of num_key_value_heads = {groups}: each "
+                    "serves as many"]
+        if self.head_dim is None and hidden % heads:
+            return [f"hidden_size: found {hidden}, wanted a multiple of num_attention_heads = {heads}, or head_dim "
+                    "beside it"]
+        if self.head_width % 2:
+            return [f"head_dim: found {self.head_width}, wanted an even number (pairs are rotated)"]
+        return []
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        attention = GroupedQueryAttention(self.num_attention_heads, self.num_key_value_heads, self.head_width,
+                                          self.bias)
+        layers = tuple(Layer(index, attention, self.feed_forward(index), None, sandwich=False)
+                       for index in range(self.num_hidden_layers))
+        return Plan(self.vocab_size, self.hidden_size, layers, self.rms_norm_eps, self.rope_theta, self.head_width,
+                    self.max_position_embeddings, self.initializer_range, self.compute_dtype,
+                    tied_head=self.tie_word_embeddings)
+
+    @property
+    def tensors(self) -> Table:
+        return TIED if self.tie_word_embeddings else UNTIED
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """The words of the table's shapes."""
+        return {"vocab": self.vocab_size, "hidden": self.hidden_size, "dense": self.intermediate_size,
+                "heads": self.num_attention_heads, "kv_heads": self.num_key_value_heads,
+                "heads*head": self.num_attention_heads * self.head_width,
+                "kv_heads*head": self.num_key_value_heads * self.head_width}
+
+    @property
+    def row_patterns(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Every projection is one linear map."""
+        return {}
+
+
 @dataclass(frozen=True)
-class PanguEmbeddedConfig(Config):
+class PanguEmbeddedConfig(GroupedQueryConfig):
     """All fields of config.json (defaults: openPangu-Embedded-7B) and one choice of ours."""
 
     architectures: tuple[str, ...] = ("PanguEmbeddedForCausalLM",)
@@ -112,57 +166,17 @@ class PanguEmbeddedConfig(Config):
     def problems(self):
         problems = self.resolve_rope(16e6) + choice_problems(self, CHOICES) + size_problems(
             self, MAY_BE_ZERO, LARGEST, ("attention_dropout", "rope_theta"))
-        return problems or self._head_problems()
-
-    def _head_problems(self):
-        hidden, heads, groups = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if heads % groups:
-            return [f"num_attention_heads: found {heads}, wanted a multiple of num_key_value_heads = {groups}: each "
-                    "serves as many"]
-        if self.head_dim is None and hidden % heads:
-            return [f"hidden_size: found {hidden}, wanted a multiple of num_attention_heads = {heads}, or head_dim "
-                    "beside it"]
-        if self.head_width % 2:
-            return [f"head_dim: found {self.head_width}, wanted an even number (pairs are rotated)"]
-        return []
+        return problems or self.head_problems()
 
     # ---- what follows from the fields
-
-    @property
-    def head_width(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @functools.cached_property
-    def plan(self) -> Plan:
-        attention = GroupedQueryAttention(self.num_attention_heads, self.num_key_value_heads, self.head_width,
-                                          self.bias)
-        layers = tuple(Layer(index, attention, FeedForward(self.intermediate_size), None, sandwich=False)
-                       for index in range(self.num_hidden_layers))
-        return Plan(self.vocab_size, self.hidden_size, layers, self.rms_norm_eps, self.rope_theta, self.head_width,
-                    self.max_position_embeddings, self.initializer_range, self.compute_dtype,
-                    tied_head=self.tie_word_embeddings)
 
     @property
     def chat(self) -> Chat:
         """1B, which alone of the two ties its head, has no slow thinking."""
         return EMBEDDED_1B if self.tie_word_embeddings else EMBEDDED_7B
 
-    @property
-    def tensors(self) -> Table:
-        return TIED if self.tie_word_embeddings else UNTIED
-
-    @functools.cached_property
-    def sizes(self) -> dict[str, int]:
-        """The words of the table's shapes."""
-        return {"vocab": self.vocab_size, "hidden": self.hidden_size, "dense": self.intermediate_size,
-                "heads": self.num_attention_heads, "kv_heads": self.num_key_value_heads,
-                "heads*head": self.num_attention_heads * self.head_width,
-                "kv_heads*head": self.num_key_value_heads * self.head_width}
-
-    @property
-    def row_patterns(self) -> dict[str, tuple[int, tuple[int, ...]]]:
-        """Every projection is one linear map."""
-        return {}
+    def feed_forward(self, index: int) -> FeedForward:
+        return FeedForward(self.intermediate_size)
 
     def cut(self, first: int, last: int, mtp: bool) -> "PanguEmbeddedConfig":
         """Of layers `first` to `last` alone, renumbered from 0; there are no MTP layers."""

@@ -8,6 +8,7 @@ import functools
 import typing
 from dataclasses import dataclass, field
 
+from pangu_ms.architectures.chat import PRO_MOE_V2, Chat
 from pangu_ms.architectures.fields import (
     COMPUTE_DTYPES, Config, choice_problems, implied_defaults, listed, size_problems,
 )
@@ -114,6 +115,7 @@ class PanguProMoEV2Config(Config):
         "sandwich_norm", "max_position_embeddings", "tie_word_embeddings", "mlp_only_layers", "num_experts",
         "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob",
         "routed_scaling_factor", "router_enable_expert_bias", "num_mtp_layers"))
+    chat: typing.ClassVar[Chat] = PRO_MOE_V2
     NULL_WHEN_ABSENT: typing.ClassVar = ("bos_token_id", "eos_token_id", "pad_token_id")
     SPELLINGS: typing.ClassVar = {"num_nextn_predict_layers": "num_mtp_layers", "n_routed_experts": "num_experts"}
     MTP_FIELD: typing.ClassVar = "num_mtp_layers"

@@ -43,6 +43,7 @@ class Table:
         copies: stored a second time in every MTP layer of the release: name below the layer -> what it repeats.
         computed: names below a layer that a release may store although they follow from the config: never read.
         spellings: other name below a layer that a file may give a tensor -> the release's.
+        quantised: how names end that only a quantised release has, which is refused.
     """
 
     first: tuple[tuple, ...]
@@ -51,6 +52,7 @@ class Table:
     copies: dict[str, str]
     computed: tuple[str, ...] = ()
     spellings: dict[str, str] = field(default_factory=dict)
+    quantised: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

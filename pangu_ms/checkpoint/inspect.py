@@ -103,8 +103,8 @@ def inspect(directory: str, values: bool = False) -> dict:
         with Shards(shard_directory) as shards:
             for stored in tqdm(shards.tensors.values(), unit="tensor", disable=None if values else True):
                 weight = stored.name.removesuffix("_scale")
-                is_scale = weight != stored.name and weight in components
-                key = components.get(weight, "unknown")
+                is_scale = stored.name not in components and weight in components
+                key = components.get(weight if is_scale else stored.name, "unknown")
                 for component in (found.setdefault(key, Component()), total):
                     component.add(stored, is_scale)
                 for block in _blocks(stored) if values else ():

@@ -160,6 +160,8 @@ class Source:
             kinds = {"missing": [f"{name} {list(shape)}" for name, shape in missing.items()],
                      "unexpected": sorted(found), "wrong": wrong}
             hints = self._mtp_hints(wanted, missing.keys(), found.keys())
+            if any(name.endswith(self.config.tensors.quantised) for name in found):
+                hints.append("Some belong to a quantised release, which is not supported; fetch the bfloat16 one")
             if self.int8 and wrong:
                 hints.append("Tensors of the Int8 release and of the bfloat16 one are never mixed; fetch one of them "
                              "whole")

@@ -28,7 +28,7 @@ def forward_flops(case: Case, calls: Calls) -> dict[str, float]:
         component, flops = COUNTED_AS.get(p.component, p.component), 2 * case.counts[name]
         if component == "embedding" and plan.tied_head:
             component = "head"
-        if component in NO_PRODUCT or len(p.shape) < 2:
+        if component in NO_PRODUCT or min(p.rows, p.columns) < 2:
             continue
         if component == "expert":
             moe = p.layer.feed_forward

@@ -116,12 +116,18 @@ class Stack(nn.Cell):
 
 
 class Experts(nn.Cell):
-    """The experts of this rank: what a token has chosen elsewhere comes from there, in the sum over the ranks."""
+    """The experts of this rank: what a token has chosen elsewhere comes from there, in the sum over the ranks.
+
+    Where it takes one expert of each group, a rank has whole groups, and as many choices of every token as groups:
+    the same number of rows on all ranks, whatever the routing.
+    """
 
     def __init__(self, moe, plan, ranks):
         super().__init__()
         count, width = moe.num_experts // ranks.expert, moe.intermediate_size // ranks.tensor
         self.first, self.sharded = ranks.expert_rank * count, ranks.expert > 1
+        self.choices = moe.groups // ranks.expert if moe.groups else moe.experts_per_token     # that may lie here
+        self.first_choice = ranks.expert_rank * self.choices if moe.groups else 0
         self.dispatch, self.combine = collectives.dispatch_and_combine(ranks)
         self.gate_proj = Stack(count, plan.hidden_size, width, plan)
         self.up_proj = Stack(count, plan.hidden_size, width, plan)
@@ -132,6 +138,7 @@ class Experts(nn.Cell):
         if self.sharded:
             x, weights = self.dispatch(x), self.dispatch(weights)
             ids = ops.cast(self.dispatch(ops.cast(ids, ms.float32)), ms.int32) - self.first     # a message is float
+            ids, weights = (ops.narrow(each, -1, self.first_choice, self.choices) for each in (ids, weights))
         return self.combine(experts_grouped(x, ids, weights, self.matrices))
 
 
@@ -141,22 +148,26 @@ class MoELayer(nn.Cell):
     def __init__(self, moe, plan, ranks):
         super().__init__()
         self.gate = Linear(plan.hidden_size, moe.num_experts, plan, ms.float32)
-        bias = ms.Tensor([0.0] * moe.num_experts, ms.float32)
+        bias, factor = ms.Tensor([0.0] * moe.num_experts, ms.float32), None
         if moe.selection_bias:
             bias = self.e_score_correction_bias = parameter((moe.num_experts,), plan, ms.float32, "zeros")
+        if moe.router_scale:
+            factor = self.router_scale = parameter((1, moe.num_experts), plan, ms.float32, "ones")
         scale = ms.Tensor([moe.scale] * moe.experts_per_token, ms.float32)                  # by choice
-        self.router = {"gate": self.gate.matrix, "bias": bias, "scale": scale,
-                       "normalise": moe.normalise}                              # what `route` takes
+        self.router = {"gate": self.gate.matrix, "bias": bias, "scale": scale, "normalise": moe.normalise,
+                       "scoring": moe.scoring, "grouped": moe.groups is not None, "factor": factor}    # for `route`
         self.experts = Experts(moe, plan, ranks)
-        self.shared_experts = FeedForward(moe.shared_intermediate_size, plan, ranks)
+        shared = FeedForward(moe.shared_intermediate_size, plan, ranks)
+        setattr(self, moe.shared_name, shared)                                  # the release's name
+        self.shared = shared.matrices
         self.copy, self.reduce = collectives.copy(ranks, "tensor"), collectives.reduce(ranks, "tensor")
         self.alone, self.together = ranks.model.count == 1, ranks.expert == 1
 
     def construct(self, x, step):
         decode = step["decode"]
         if self.alone or decode and self.together:                              # which has no gradients to sum
-            y, routing = moe(x, self.router, self.experts.matrices, self.shared_experts.matrices, decode)
+            y, routing = moe(x, self.router, self.experts.matrices, self.shared, decode)
             return self.reduce(y), routing
         routing = route(x, self.router)
         seen, weights = self.copy(x), self.copy(routing["weights"])
-        return self.reduce(self.experts(seen, routing["ids"], weights) + self.shared_experts(seen)), routing
+        return self.reduce(self.experts(seen, routing["ids"], weights) + feed_forward(seen, self.shared)), routing

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 MTP_HIDDEN = ("merged", "final")
+SCORING = ("sigmoid", "softmax")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,13 @@ class MoE:
         shared_intermediate_size: width of the shared expert.
         normalise: the weights of a token's experts are divided by their sum.
         scale: factor of those weights.
-        selection_bias: a learned number for each expert is added to its score before the choice, and does not weigh.
+        scoring: of an expert's logit by itself, or of all of them together (`SCORING`).
+        selection_bias: a number by expert chooses with the score and does not weigh; it follows the experts' load.
+        groups: a token takes the best expert of each of so many equal groups, as many as it takes experts, instead of
+            the best of all (section 3 of the family).
+        router_scale: a learned factor by expert, which the choice does not see.
+        shared_name: of the shared expert, in the names of its tensors.
+        balance_loss_coeff: weight of the balance loss where training sets none.
     """
 
     num_experts: int
@@ -152,7 +159,12 @@ class MoE:
     shared_intermediate_size: int
     normalise: bool
     scale: float
+    scoring: str = "sigmoid"
     selection_bias: bool = True
+    groups: int | None = None
+    router_scale: bool = False
+    shared_name: str = "shared_experts"
+    balance_loss_coeff: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,51 @@
-"""The experts that each token goes to (section 7)."""
+"""The experts that each token goes to (section 7; section 3 of the family)."""
 import mindspore as ms
 from mindspore import ops
 
 from pangu_ms.device import replaceable
-from pangu_ms.model.elementary import sigmoid, top_k
+from pangu_ms.model.elementary import sigmoid, softmax, top_k
 from pangu_ms.model.linear import linear
 
 
 def route(x, router):
     """x [..., H] -> {"ids" int32 [..., K], "weights" float32 [..., K], "logits" float32 [..., E]}.
 
-    router: gate, a matrix [E, H], computed in float32; and what `choose_experts` takes.
+    router: gate, a matrix [E, H], computed in float32; factor [1, E], learned, of the weights of the chosen, or None;
+    and what `choose_experts` takes.
     """
     logits = linear(ops.cast(x, ms.float32), router["gate"])
-    ids, weights = choose_experts(logits, router["bias"], router["scale"], router["normalise"])
+    ids, weights = choose_experts(logits, router)
+    if router["factor"] is not None:
+        weights = weights * ops.gather(ops.reshape(router["factor"], (-1,)), ids, 0)
     return {"ids": ids, "weights": weights, "logits": logits}
 
 
 @replaceable
-def choose_experts(logits, bias, scale, normalise):
-    """The best K by sigmoid(logits) + bias -> ids int32 and weights [..., K].
+def choose_experts(logits, router):
+    """The best K by score + bias, of all or one of each group -> ids int32 and weights [..., K].
 
-    logits float32 [..., E]; bias [E] chooses and does not weigh; scale [K], a factor by choice; normalise: the weights
-    are divided by their sum.
+    logits float32 [..., E]. router: scoring, see `expert_scores`; bias [E], which chooses and does not weigh; grouped:
+    the best of each of K equal groups, in the order of the groups; scale [K], a factor by choice; normalise: the
+    weights are divided by their sum.
     """
-    score = sigmoid(logits)
-    ids = top_k(score + bias, scale.shape[0])
+    score, scale = expert_scores(logits, router["scoring"]), router["scale"]
+    if router["grouped"]:
+        ids = best_of_groups(score + router["bias"], scale.shape[0])
+    else:
+        ids = top_k(score + router["bias"], scale.shape[0])
     weights = ops.gather_elements(score, -1, ids)
-    if normalise:
+    if router["normalise"]:
         weights = weights / (ops.sum(weights, -1, keepdim=True) + 1e-20)
     return ids, weights * scale
+
+
+def expert_scores(logits, scoring):
+    """float32 [..., E] -> the scores: "sigmoid" of each logit, or "softmax" over all experts."""
+    return softmax(logits) if scoring == "softmax" else sigmoid(logits)
+
+
+def best_of_groups(score, groups):
+    """[..., E] -> int32 [..., groups]: the largest of each of so many equal groups of neighbours, in their order."""
+    size = score.shape[-1] // groups
+    best = top_k(ops.reshape(score, score.shape[:-1] + (groups, size)), 1)      # [..., groups, 1]
+    return ops.squeeze(best, -1) + ops.arange(0, groups * size, size, dtype=ms.int32)

@@ -18,7 +18,7 @@ def flash():
     return PanguConfig.flash_92b()
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny_full", "odd", "eps", "embedded", "embedded_tied", "pro_moe_v2"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_full", "odd", "eps", "embedded", "embedded_tied", "pro_moe", "pro_moe_v2"])
 def test_the_release_layout_is_what_the_golden_checkpoints_hold(data, name):
     with open(data / name / "model.safetensors", "rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))

@@ -1,4 +1,4 @@
-"""Members with grouped queries there and back: computed tensors, key-value heads, cut layers."""
+"""Members of grouped queries there and back: computed tensors, key-value heads, groups of experts, cut layers."""
 import json
 
 import numpy as np
@@ -12,8 +12,8 @@ from tests.checkpoint import generate
 from tests.conversion.commands import convert, refused
 
 
-@pytest.mark.parametrize("name", ["embedded", "embedded_tied", "pro_moe_v2"])
-def test_it_comes_back_bit_by_bit_but_for_what_follows_from_the_config(data, tmp_path, capsys, name):
+@pytest.mark.parametrize("name", ["embedded", "embedded_tied", "pro_moe", "pro_moe_v2"])
+def test_a_member_comes_back_bit_by_bit_but_for_what_follows_from_the_config(data, tmp_path, capsys, name):
     """Of three shards; a table of frequencies for each layer, which the 7B stores, is read by nobody."""
     found = generate.read(data / name)
     computed = computed_tensors(read_config(data / name)) & found.keys()
@@ -44,6 +44,24 @@ def test_slices_of_embedded_hold_whole_heads_and_join(data, tmp_path, capsys):
     assert convert("ms2hf", tmp_path / "ranks", tmp_path / "hf") == whole
     assert "tensor parallel 4 does not divide 6 heads" in refused(
         capsys, "hf2ms", source, tmp_path / "four", "--tensor-parallel", 4)
+
+
+def test_slices_of_pro_moe_hold_whole_groups_and_join(data, tmp_path, capsys):
+    fields = json.loads((data / "pro_moe" / "config.json").read_text()) | {"vocab_size": 200}
+    config = config_from_dict(fields)
+    source = generate.write(tmp_path / "source", config, generate.tensors(config), 2)
+    whole = generate.read(source)
+    convert("hf2ms", source, tmp_path / "ranks", "--tensor-parallel", 2, "--expert-parallel", 4, "--verify")
+    rank, layer = generate.read(tmp_path / "ranks" / "rank_5"), "model.layers.1.mlp."    # tensor rank 1, expert rank 2
+    (_, shape, raw) = rank[layer + "experts.down_proj.weight"]
+    assert shape == (3, 40, 10)                                                 # one group of three
+    for at, member in enumerate(np.frombuffer(raw, np.uint16).reshape(shape)):
+        (_, shape, raw) = whole[f"{layer}experts.{6 + at}.down_proj.weight"]
+        assert np.array_equal(member, np.frombuffer(raw, np.uint16).reshape(shape)[:, 10:])
+    assert rank[layer + "router_scale"] == whole[layer + "router_scale"]
+    assert convert("ms2hf", tmp_path / "ranks", tmp_path / "hf") == whole
+    assert "expert parallel 3 does not divide 4 groups (mlp.experts.gate_proj.weight): take one of 1, 2, 4" in refused(
+        capsys, "hf2ms", source, tmp_path / "three", "--expert-parallel", 3)
 
 
 def test_layers_of_embedded_are_cut(data, tmp_path, capsys):

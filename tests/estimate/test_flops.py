@@ -4,6 +4,7 @@ import pytest
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_pro_moe import PanguProMoEConfig
 from pangu_ms.architectures.tensors import parameters
 from pangu_ms.estimate.attention import attention_cost, visible_pairs
 from pangu_ms.estimate.flops import forward_flops
@@ -50,7 +51,7 @@ def test_the_network_makes_these_products(small, monkeypatch):
     assert made == [products(case, calls) for calls in steps]
 
 
-@pytest.mark.parametrize("name", ["embedded", "embedded_tied", "pro_moe_v2"])
+@pytest.mark.parametrize("name", ["embedded", "embedded_tied", "pro_moe", "pro_moe_v2"])
 def test_a_network_of_grouped_queries_makes_these_products(model, monkeypatch, name):
     """Without a cache, a prefill, a chunk behind it, and decoding."""
     from pangu_ms.generation.engine import Engine
@@ -99,11 +100,12 @@ def test_a_decoded_token_takes_two_operations_for_each_active_parameter():
     assert products(case, decode) == pytest.approx(2 * active, rel=0.05)
 
 
-@pytest.mark.parametrize("config", [PanguEmbeddedConfig.embedded_7b(), PanguEmbeddedConfig.embedded_1b()])
-def test_a_decoded_token_of_a_dense_network_takes_two_operations_for_each_parameter(config):
-    """At a context of one token: active parameters but norms and biases, and the scores."""
+@pytest.mark.parametrize("config", [PanguEmbeddedConfig.embedded_7b(), PanguEmbeddedConfig.embedded_1b(),
+                                    PanguProMoEConfig.pro_moe_72b()])
+def test_a_decoded_token_of_grouped_queries_takes_two_operations_for_each_active_parameter(config):
+    """At a context of one token: active parameters but norms, biases and factors of experts, and the scores."""
     case = Case(config, Ranks(), Work("infer", 1, 1, fused=True))
-    vectors = sum(p.count for p in parameters(config).values() if len(p.shape) == 1)
+    vectors = sum(p.count for p in parameters(config).values() if p.rows == p.count or p.columns == p.count)
     found = forward_flops(case, calls_of(case)["decode"])
     assert found.pop("scores_full") == config.num_hidden_layers * 4 * config.hidden_size
     assert sum(found.values()) == 2 * (config.parameter_count()["active"]["with_head"] - vectors)

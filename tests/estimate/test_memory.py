@@ -43,7 +43,8 @@ def test_weights_are_the_tensors_of_the_file(data, name):
     assert sum(weight_bytes(Case(config, Ranks(), Work("infer", 1, 1, "float32"))).values()) == 4 * stored
 
 
-@pytest.mark.parametrize("name, tied", [("embedded", False), ("embedded_tied", True), ("pro_moe_v2", False)])
+@pytest.mark.parametrize("name, tied", [("embedded", False), ("embedded_tied", True), ("pro_moe", False),
+                                        ("pro_moe_v2", False)])
 def test_weights_and_cache_of_grouped_queries(model, data, name, tied):
     """A head that is the embedding counts once; a token leaves G keys and G values in each layer, MTP's included."""
     from pangu_ms.generation.engine import Engine

@@ -11,6 +11,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_pro_moe import PanguProMoEConfig
 from pangu_ms.architectures.pangu_pro_moe_v2 import PanguProMoEV2Config
 
 CONFIG = PanguConfig.flash_92b(
@@ -18,7 +19,13 @@ CONFIG = PanguConfig.flash_92b(
     dsa_layers=(0,), swa_layers=(1, 2), sliding_window_list=(512, 2048), block_post_layernorm_idx=(0,))
 CHUNK, CAPACITY = 512, 32768
 ALWAYS = {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "TopkExt"}
-MANY_ROWS = ALWAYS | {"FlashAttentionScore", "MoeTokenPermute", "GroupedMatmulV4", "InnerMoeTokenUnpermute"}
+MANY_EXPERTS = {"MoeTokenPermute", "GroupedMatmulV4", "InnerMoeTokenUnpermute"}
+MANY_ROWS = ALWAYS | MANY_EXPERTS | {"FlashAttentionScore"}
+# One layer for all.
+EMBEDDED = PanguEmbeddedConfig.embedded_7b(compute_dtype="bfloat16", num_hidden_layers=1)
+TIED = PanguEmbeddedConfig.embedded_1b(compute_dtype="bfloat16", num_hidden_layers=1)
+PRO_MOE = PanguProMoEConfig.pro_moe_72b(compute_dtype="bfloat16", num_hidden_layers=1)
+R_72B = PanguProMoEV2Config.r_72b(compute_dtype="bfloat16", num_hidden_layers=1, mlp_only_layers=(), num_mtp_layers=0)
 
 
 @pytest.fixture
@@ -77,12 +84,10 @@ def test_gradients_of_training(on_ascend, inferred_graph, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [None, 1])
-@pytest.mark.parametrize("config", [
-    PanguEmbeddedConfig.embedded_7b(compute_dtype="bfloat16", num_hidden_layers=1),
-    PanguProMoEV2Config.r_72b(compute_dtype="bfloat16", num_hidden_layers=1, mlp_only_layers=(), num_mtp_layers=0)],
-    ids=["embedded_7b", "r_72b"])
-def test_steps_of_grouped_queries(on_ascend, inferred_graph, config, length):
+@pytest.mark.parametrize("config, length, primitives", [
+    (EMBEDDED, None, set()), (EMBEDDED, 1, set()), (PRO_MOE, None, MANY_EXPERTS | {"TopkExt"}), (R_72B, None, set()),
+    (R_72B, 1, set())])
+def test_steps_of_grouped_queries(on_ascend, inferred_graph, config, length, primitives):
     """At the widths of the releases, one layer for all."""
     from pangu_ms import PanguForCausalLM
     from pangu_ms.generation.steps import Step
@@ -90,7 +95,7 @@ def test_steps_of_grouped_queries(on_ascend, inferred_graph, config, length):
         network = PanguForCausalLM(config)
     step = Step(network, 2, length, False, False, CHUNK if length is None else None, 1024)
     found, shapes = inferred_graph(step, *step.get_inputs())
-    assert {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "FlashAttentionScore"} <= found
+    assert {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "FlashAttentionScore"} | primitives <= found
     assert not any("-1" in shape for shape in shapes)
     copied = (2, 1024, config.num_attention_heads, config.plan.layers[0].attention.head_dim)    # for each query head
     assert f"2, 1, {config.vocab_size}" in shapes and ", ".join(map(str, copied)) not in shapes
@@ -98,13 +103,13 @@ def test_steps_of_grouped_queries(on_ascend, inferred_graph, config, length):
 
 @pytest.mark.slow
 def test_gradients_of_grouped_queries(on_ascend, inferred_graph):
-    """At the widths of Embedded 1B, whose head is the embedding."""
+    """Of a head that is the embedding."""
     from pangu_ms import PanguForCausalLM
     from pangu_ms.training.objectives.pretraining import Pretraining
     from pangu_ms.training.objectives.settings import TrainingSettings
     from pangu_ms.training.step import Gradients
     with no_init_parameters():
-        network = PanguForCausalLM(PanguEmbeddedConfig.embedded_1b(compute_dtype="bfloat16", num_hidden_layers=1))
+        network = PanguForCausalLM(TIED)
     forward = Pretraining(network, TrainingSettings())
     ids, mask = (ms.Tensor(shape=[1, 2048], dtype=dtype) for dtype in (ms.int32, ms.float32))
     gradients = Gradients(forward, ms.ParameterTuple(forward.trained_parameters()))

@@ -12,7 +12,8 @@ GOLDEN = [("tiny", "T5"), ("tiny", "T24"), ("tiny", "T64"), ("tiny", "T40_B2"),
           ("tiny_full", "T5"), ("tiny_full", "T24"), ("tiny_full", "T64"),
           ("odd", "T5"), ("odd", "T24"), ("odd", "T64"), ("odd", "T24_B2"),
           ("eps", "T5"), ("eps", "T24"), ("eps", "T64"),
-          *[(name, file) for name in ("embedded", "embedded_tied", "pro_moe_v2") for file in ("T5", "T24", "T40_B2")]]
+          *[(name, file) for name in ("embedded", "embedded_tied", "pro_moe", "pro_moe_v2")
+            for file in ("T5", "T24", "T40_B2")]]
 
 
 @pytest.mark.parametrize("name, file", GOLDEN)
@@ -24,7 +25,8 @@ def test_every_piece_agrees(model, golden, name, file):
     assert not off
 
 
-@pytest.mark.parametrize("name, file", [("embedded", "T24"), ("embedded_tied", "T40_B2"), ("pro_moe_v2", "T24")])
+@pytest.mark.parametrize("name, file", [("embedded", "T24"), ("embedded_tied", "T40_B2"), ("pro_moe", "T24"),
+                                        ("pro_moe_v2", "T24")])
 def test_formulas_agree_where_no_operator_is_compiled(data, golden, name, file, monkeypatch):
     monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")
     wanted = golden(name, file)

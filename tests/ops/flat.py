@@ -14,7 +14,7 @@ from pangu_ms.model import short_conv as conv
 swiglu, masked_softmax, top_k = elementary.swiglu, elementary.masked_softmax, elementary.top_k
 softmax, sigmoid = elementary.softmax, elementary.sigmoid
 short_conv, mhc_post = conv.short_conv, mhc.mhc_post
-choose_experts, topk_indices = router.choose_experts, indexer.topk_indices
+topk_indices = indexer.topk_indices
 
 
 def matrix(weight):
@@ -59,6 +59,15 @@ def mhc_merge(streams, gamma, phi, alpha, beta, eps):
 
 def matrices(gate, up, down):
     return {"gate": matrix(gate), "up": matrix(up), "down": matrix(down)}
+
+
+def routing(gate, bias, scale, normalise, scoring, grouped, factor):
+    return {"gate": gate, "bias": bias, "scale": scale, "normalise": normalise, "scoring": scoring,
+            "grouped": grouped, "factor": factor}
+
+
+def choose_experts(logits, bias, scale, normalise, scoring, grouped):
+    return router.choose_experts(logits, routing(None, bias, scale, normalise, scoring, grouped, None))
 
 
 def experts_gathered(x, ids, weights, gate, up, down):
@@ -208,8 +217,17 @@ def mtp_input(embedding, embedding_norm, hidden, hidden_norm, projection, eps):
     return mtp.mtp_input(embedding, hidden, weights, {"decode": True})
 
 
-def moe(x, gate, bias, scale, normalise, gates_, ups, downs, shared_gate, shared_up, shared_down):
-    routing = {"gate": matrix(gate), "bias": bias, "scale": scale, "normalise": normalise}
-    y, found = experts.moe(x, routing, matrices(gates_, ups, downs), matrices(shared_gate, shared_up, shared_down),
+def moe(x, gate, bias, scale, gates_, ups, downs, shared_gate, shared_up, shared_down, normalise):
+    router_ = routing(matrix(gate), bias, scale, normalise, "sigmoid", False, None)
+    return _moe(x, router_, gates_, ups, downs, shared_gate, shared_up, shared_down)
+
+
+def moe_of_groups(x, gate, bias, scale, gates_, ups, downs, shared_gate, shared_up, shared_down, factor):
+    router_ = routing(matrix(gate), bias, scale, False, "softmax", True, factor)
+    return _moe(x, router_, gates_, ups, downs, shared_gate, shared_up, shared_down)
+
+
+def _moe(x, router_, gates_, ups, downs, shared_gate, shared_up, shared_down):
+    y, found = experts.moe(x, router_, matrices(gates_, ups, downs), matrices(shared_gate, shared_up, shared_down),
                            True)
     return y, found["ids"], found["weights"]

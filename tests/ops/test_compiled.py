@@ -25,8 +25,7 @@ if not library.available(ms.float32):
 TOLERANCE = 1e-6  # of the largest value
 GRADIENT_TOLERANCE = 1e-5  # the same formula, but what adds up to nearly zero is summed in another order
 CONSTANTS = {"cos", "sin", "scale", "mask"}  # of a model: the compiled forms have no gradient for them
-SIGNATURES = {name: getattr(flat, name).formula for name in ("swiglu", "masked_softmax", "short_conv", "mhc_post",
-                                                             "choose_experts")}
+SIGNATURES = {name: getattr(flat, name).formula for name in ("swiglu", "masked_softmax", "short_conv", "mhc_post")}
 ANY = np.random.default_rng(0)
 
 
@@ -119,8 +118,11 @@ CASES = [
                                                   normal(b, t, 4, 33))) for b, t in [(1, 1), (2, 70)]],
     *[("mhc_merge", lambda b=b, t=t: (*streams(b, t, 4, 33, 4), normal(1), normal(4), 1e-5))
       for b, t in [(1, 1), (2, 35)]],
-    *[("choose_experts", lambda r=r, n=n: (normal(*r, 19) * 3, normal(19) * 0.1, ms.Tensor([2.5] * 4, ms.float32), n))
-      for r, n in [((1, 1), True), ((2, 70), True), ((2, 3), False)]],
+    *[("choose_experts", lambda r=r, e=e, kind=kind: (normal(*r, e) * 3, normal(e) * 0.1,
+                                                      ms.Tensor([2.5] * 4, ms.float32), *kind))
+      for r, e, *kind in [((1, 1), 19, True, "sigmoid", False), ((2, 70), 19, True, "sigmoid", False),
+                          ((2, 3), 19, False, "sigmoid", False), ((2, 70), 20, False, "softmax", True),
+                          ((3,), 20, True, "softmax", False)]],
     *[(form, lambda a=a: experts(*a)) for form, a in [
         ("experts_gathered", ((1, 1), 64, 32, 8, 2)), ("experts_gathered", ((4,), 33, 7, 6, 3)),
         ("experts_grouped", ((2, 75), 33, 17, 6, 3)), ("experts_grouped", ((2, 75), 16, 32, 6, 3, True)),

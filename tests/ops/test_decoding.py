@@ -99,7 +99,7 @@ def plain_post_pre(batch, length, hidden=33):
 
 def experts(batch, length, hidden=33, count=7, width=17, shared=20, k=3):
     return (normal(batch, length, hidden), normal(count, hidden), normal(count) * 0.1, np.full(k, 2.5, np.float32),
-            True, normal(count, width, hidden), normal(count, width, hidden), normal(count, hidden, width),
+            normal(count, width, hidden), normal(count, width, hidden), normal(count, hidden, width),
             normal(shared, hidden), normal(shared, hidden), normal(hidden, shared))
 
 
@@ -121,7 +121,8 @@ CASES = [
     *[(name, lambda t=t, make=make: make(*t)) for t in [(1, 1), (2, 9)]
       for name, make in [("mtp_input", join), ("plain_residual_post", plain_post),
                          ("plain_residual_post_pre", plain_post_pre)]],
-    *[("moe", lambda t=t: experts(*t)) for t in [(1, 1), (1, 4), (2, 9)]],
+    *[("moe", lambda t=t: (*experts(*t), True)) for t in [(1, 1), (1, 4), (2, 9)]],
+    *[("moe_of_groups", lambda t=t: (*experts(*t, count=12), normal(1, 12))) for t in [(1, 1), (2, 9)]],
     ("latent_query", lambda: (*query(2, 3, 11), True)), ("attend", lambda: (*attention(2, 3, 11, 0), True)),
     ("attend", lambda: attention(1, 4, -2, 0)),
 ]

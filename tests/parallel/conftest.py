@@ -8,6 +8,7 @@ from safetensors.numpy import save_file
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_pro_moe import PanguProMoEConfig
 from pangu_ms.architectures.pangu_pro_moe_v2 import PanguProMoEV2Config
 from pangu_ms.architectures.tensors import parameters
 from tests import launch
@@ -30,6 +31,10 @@ FUSED = PanguProMoEV2Config(
     num_key_value_heads=2, qk_nope_dim=6, qk_rope_dim=4, v_channels=8, param_sink_number=3, rope_theta=1e4,
     max_position_embeddings=256, mlp_only_layers=(0,), num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16,
     shared_expert_intermediate_size=32, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+MIXED = PanguProMoEConfig(
+    vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=12,
+    num_experts_per_tok=4, moe_intermediate_size=16, shared_expert_intermediate_size=24, rope_theta=1e4,
+    max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 # 194 MB, of which each of four ranks takes 86: enough to be measured.
 LARGE = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_intermediate_size=512)
@@ -37,9 +42,10 @@ LARGE = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_inter
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """The directory of a model of CONFIG with random weights; in it those of GROUPED, of FUSED and, large, of LARGE."""
+    """The directory of a model of CONFIG with random weights; in it a directory for each of the others."""
     directory, random = tmp_path_factory.mktemp("model"), np.random.default_rng(3)
-    for config, place in ((CONFIG, directory), (GROUPED, directory / "grouped"), (FUSED, directory / "fused")):
+    for config, place in ((CONFIG, directory), (GROUPED, directory / "grouped"), (FUSED, directory / "fused"),
+                          (MIXED, directory / "mixed")):
         config.save_pretrained(place)
         tensors = {}
         for name, parameter in parameters(config).items():

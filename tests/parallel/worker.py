@@ -36,16 +36,18 @@ def drafting(directory, ranks):
 
 def grouped(directory, ranks):
     """-> arrays by name: logits of a prompt and of a token behind it in a model of grouped queries, and the gradients
-    by parameter of one step, where the head is the embedding."""
+    by parameter of one step, of which ranks share the batch."""
     model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
     ids, engine = token_ids(model.config), Engine(model, batch=BATCH)
     found = {"prompt_logits": engine.prefill(ids[:, :PROMPT])}
     found["decode_logits"] = engine.decode(ids[:, PROMPT:PROMPT + 1])
+    ranks = replace(ranks or Ranks(), batch_sharded=True)
+    model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
     objective = Pretraining(model, TrainingSettings())
-    step = TrainStep(objective, PanguMuon(objective.trained_parameters(), model.config, 0.003, ranks=ranks or Ranks()))
+    step = TrainStep(objective, PanguMuon(objective.trained_parameters(), model.config, 0.003, ranks=ranks))
     batch = [ids, np.roll(ids, -1, 1), np.ones(ids.shape, np.float32), np.tile(np.arange(LENGTH, dtype=np.int32),
                                                                                (BATCH, 1))]
-    _, _, _, gradients = step.gradients(*map(ms.Tensor, batch))
+    _, _, _, gradients = step.gradients(*(ms.Tensor(column[own_sequences(ranks)]) for column in batch))
     return found | {f"gradient {parameter.name}": gradient.asnumpy()
                     for parameter, gradient in zip(step.optimizer.parameters, gradients)}
 
@@ -65,8 +67,7 @@ def train(directory, ranks):
     mask = np.ones(ids.shape, np.float32)
     mask[:, [14, -1]] = 0
     mask[1, :9] = 0                                                             # ranks have different counts
-    own = slice(ranks.rank // ranks.tensor, None, ranks.batch)
-    batch = [ms.Tensor(column[own]) for column in (ids, np.roll(ids, -1, 1), mask, position)]
+    batch = [ms.Tensor(column[own_sequences(ranks)]) for column in (ids, np.roll(ids, -1, 1), mask, position)]
     objective = Pretraining(model, settings)
     optimizer = PanguMuon(objective.trained_parameters(), model.config, 0.003, ranks=ranks,
                           shard_states=ranks.data > 1)
@@ -97,6 +98,10 @@ def memory(directory, ranks):
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def own_sequences(ranks):
+    return slice(ranks.rank // ranks.tensor, None, ranks.batch)
 
 
 def token_ids(config):

@@ -98,20 +98,22 @@ OPERATOR(DecodingResidual) {
 
 MANY_SHAPES(DecodingResidual) { return {shape_of(0, ndims, shapes), shape_of(0, ndims, shapes)}; }
 
-// x [B, T, H], gate [E, H], bias [E], scale [K], normalise, the routed experts' gate and up [E, F, H] and
-// down [E, H, F], the shared one's gate and up [S, H] and down [H, S] -> y [B, T, H], ids int32 and weights [B, T, K]
+// x [B, T, H], gate [E, H], bias [E], scale [K], factor [1, E] of the chosen, the routed experts' gate and up [E, F, H]
+// and down [E, H, F], the shared one's gate and up [S, H] and down [H, S], softmax, grouped, normalise -> y [B, T, H],
+// ids int32 and weights [B, T, K]
 OPERATOR(DecodingExperts) {
     const int64_t experts = call.dim(1, 0), hidden = call.dim(1, 1), rows = call.size(0) / hidden, k = call.size(3),
                   width = call.dim(5, 1), shared = call.dim(8, 0), pairs = rows * k;
     const float *x = call.floats(0), *gates = call.floats(5), *ups = call.floats(6), *downs = call.floats(7);
-    float *y = call.floats(11), *weights = call.floats(13);
-    int32_t* ids = static_cast<int32_t*>(call.data[12]);
+    float *y = call.floats(14), *weights = call.floats(16);
+    int32_t* ids = static_cast<int32_t*>(call.data[15]);
 
     float *logits = scratch(COMPOSED_OWN, rows * (experts + 2 * shared + hidden) + pairs * (2 * width + 2 * hidden)),
           *inner = logits + rows * experts, *own = inner + 2 * rows * shared, *gate = own + rows * hidden,
           *in = gate + 2 * pairs * width, *out = in + pairs * hidden;
     linear(x, call.floats(1), rows, hidden, experts, logits);
-    route(logits, call.floats(2), call.floats(3), *call.bools(4), rows, experts, k, ids, weights);
+    route(logits, call.floats(2), call.floats(3), rule_of(call, 11), rows, experts, k, ids, weights);
+    for (int64_t i = 0; i < pairs; i++) weights[i] *= call.floats(4)[ids[i]];
 
     // The pairs of (token, choice), expert by expert: what lies together reads the expert's matrices once.
     std::vector<int64_t> order(pairs), start;

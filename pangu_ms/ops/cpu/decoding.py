@@ -125,8 +125,15 @@ def moe(x, router, experts, shared, decode):
     """Decoding: without the router's logits."""
     if not decode:
         return _moe(x, router, experts, shared, decode)
+    factor = _ones(router["bias"].shape[0]) if router["factor"] is None else router["factor"]
     y, ids, weights = operator("DecodingExperts")(
-        x, router["gate"]["weight"], router["bias"], router["scale"], router["normalise"], experts["gate"]["weight"],
+        x, router["gate"]["weight"], router["bias"], router["scale"], factor, experts["gate"]["weight"],
         experts["up"]["weight"], experts["down"]["weight"], shared["gate"]["weight"], shared["up"]["weight"],
-        shared["down"]["weight"])
+        shared["down"]["weight"], router["scoring"] == "softmax", router["grouped"], router["normalise"])
     return y, {"ids": ids, "weights": weights}
+
+
+@constexpr
+def _ones(count):
+    """The factors of experts that have none."""
+    return ms.Tensor(np.ones((1, count)), ms.float32)

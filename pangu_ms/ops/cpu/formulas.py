@@ -113,8 +113,9 @@ def _seen(score, visible, scale):
     return ops.reshape(prob, (batch, pairs, -1))
 
 
-def choose_experts(logits, bias, scale, normalise):
-    return operator("Route")(logits, bias, scale, normalise)
+def choose_experts(logits, router):
+    return operator("Route")(logits, router["bias"], router["scale"], router["scoring"] == "softmax",
+                             router["grouped"], router["normalise"])
 
 
 def experts_gathered(x, ids, weights, matrices):

@@ -84,9 +84,10 @@ def expanded_attention(gradient):
 
 
 def route(gradient):
-    def bprop(logits, bias, scale, normalise, out, dout):
-        dlogits = gradient(logits, bias, scale, normalise, dout[0], dout[1])
-        return dlogits, zeros_like(bias), zeros_like(scale), zeros_like(normalise)
+    def bprop(logits, bias, scale, softmax, grouped, normalise, out, dout):
+        dlogits = gradient(logits, bias, scale, softmax, grouped, normalise, dout[0], dout[1])
+        return (dlogits, zeros_like(bias), zeros_like(scale), zeros_like(softmax), zeros_like(grouped),
+                zeros_like(normalise))
     return bprop
 
 

@@ -30,7 +30,7 @@ INPUTS = {
     "LatentRows": "latent kv norm cos sin eps interleaved",
     "ExpandedAttention": "q sinks keys visible kv_b scale",
     "AbsorbedAttention": "q sinks keys visible kv_b scale",
-    "Route": "logits bias scale normalise",
+    "Route": "logits bias scale softmax grouped normalise",
     "Experts": "x ids weights gate up down",
     "FeedForward": "x gate up down",
     "CrossEntropy": "hidden weight labels mask",
@@ -46,7 +46,8 @@ INPUTS = {
     "DecodingAdd": "y norm x eps",
     "DecodingResidual": "x y norm next_norm eps",
     "DecodingJoin": "embedding embedding_norm hidden hidden_norm projection eps",
-    "DecodingExperts": "x gate bias scale normalise gates ups downs shared_gate shared_up shared_down",
+    "DecodingExperts": "x gate bias scale factor gates ups downs shared_gate shared_up shared_down softmax grouped "
+                       "normalise",
 }
 OUTPUTS = {  # where it is not one float32
     "RotaryAngles": (ms.float32,) * 2, "HyperConnectionRead": (ms.float32,) * 3, "Route": (ms.int32, ms.float32),

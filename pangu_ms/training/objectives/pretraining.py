@@ -43,11 +43,15 @@ class Pretraining(nn.Cell):
         layers = list(enumerate(plan.layers[:self.trunk + self.depths]))
         self.moe_layers = tuple(place for place, layer in layers if layer.moe)
         self.indexed_layers = tuple(place for place, layer in layers if layer.attention.indexer)
-        self.biased = any(layer.feed_forward.selection_bias for _, layer in layers if layer.moe)
-        self.experts = max((layer.feed_forward.num_experts for _, layer in layers if layer.moe), default=0)
-        self.balanced, self.z = (coeff > 0 and len(self.moe_layers) > 0 and not self.warm_up
-                                 for coeff in (settings.balance_loss_coeff, settings.z_loss_coeff))
-        if settings.router_bias_update_rate > 0 and not self.biased:
+        moes = [layer.feed_forward for _, layer in layers if layer.moe]         # all of one kind
+        self.experts, self.scoring = (moes[0].num_experts, moes[0].scoring) if moes else (0, None)
+        self.biased = bool(moes) and moes[0].selection_bias
+        balance = settings.balance_loss_coeff
+        if balance is None:
+            balance = moes[0].balance_loss_coeff if moes else 0.0
+        self.balanced, self.z = (coeff > 0 and len(moes) > 0 and not self.warm_up
+                                 for coeff in (balance, settings.z_loss_coeff))
+        if settings.router_bias_update_rate > 0 and moes and not self.biased:
             raise ConfigError(f"pangu_training.router_bias_update_rate: found {settings.router_bias_update_rate}, but "
                               "no router of the model has a selection bias; take 0")
         self.indexed = settings.indexer_loss != "off"
@@ -59,14 +63,14 @@ class Pretraining(nn.Cell):
                                                for i in self.indexed_layers], auto_prefix=False)
         self.shared_head = SharedHeadLoss(plan, ranks) if ranks.tensor > 1 else None
         self.ranks, self.sum = ranks.batch, collectives.reduce(ranks, "batch")
-        self.part_names, self.weights = self._parts(settings)
+        self.part_names, self.weights = self._parts(settings, balance)
         self.head = causal_lm.head_matrix
 
-    def _parts(self, settings):
+    def _parts(self, settings, balance):
         parts = [] if self.warm_up else [("lm", 1.0)]
         parts += [(f"mtp_{depth}", settings.mtp_loss_weight / self.depths) for depth in range(1, self.depths + 1)]
         parts += [("indexer_kl", settings.indexer_loss_coeff)] * self.indexed
-        parts += [("balance", settings.balance_loss_coeff)] * self.balanced
+        parts += [("balance", balance)] * self.balanced
         parts += [("z", settings.z_loss_coeff)] * self.z
         names, weights = zip(*parts)
         return names, ms.Tensor(weights, ms.float32)
@@ -103,7 +107,7 @@ class Pretraining(nn.Cell):
         for routing in routings:
             load = expert_load(routing["ids"], self.experts, real)
             loads = loads + (ops.sum(load, 0),)
-            balance = balance + balance_loss(load, routing["logits"], real)
+            balance = balance + balance_loss(load, routing["logits"], real, self.scoring)
             z = z + z_loss(routing["logits"], weight)
         if self.balanced:
             parts = parts + (balance / len(routings),)

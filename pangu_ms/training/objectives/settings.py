@@ -18,6 +18,7 @@ class TrainingSettings:
             all else is frozen; "sparse": DSA layers see what the indexer selects, and it learns among that.
         indexer_loss_coeff: weight of the indexer loss's mean over DSA layers. "dense" has no other loss.
         balance_loss_coeff: weight of the sequence-wise balance loss's mean over MoE layers. 0: it is not computed.
+            None: what config.json says of the model, or 0.
         z_loss_coeff: weight of the router z loss's mean over MoE layers. 0: it is not computed.
         router_bias_update_rate: how far each optimizer step moves the selection bias of an expert towards an even load.
         moe_init_std: standard deviation of a new model's experts and routers.
@@ -32,7 +33,7 @@ class TrainingSettings:
     mtp_loss_weight: float = 1.0
     indexer_loss: str = "off"
     indexer_loss_coeff: float = 1.0
-    balance_loss_coeff: float = 0.0
+    balance_loss_coeff: float | None = None
     z_loss_coeff: float = 0.0
     router_bias_update_rate: float = 0.0
     moe_init_std: float = 0.00206
@@ -41,7 +42,7 @@ class TrainingSettings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is float:
+            if field.type is float or field.type == float | None and value is not None:
                 if type(value) not in (int, float) or not 0 <= value < float("inf"):
                     raise ConfigError(f"pangu_training.{field.name}: found {value!r}, wanted a number of at least 0")
                 object.__setattr__(self, field.name, float(value))

@@ -73,4 +73,4 @@ def most_at_once(size: int, holding: int) -> int:
 
 def decays(tensor: Parameter) -> bool:
     """Weight decay is left out for vectors, convolutions and sinks."""
-    return len(tensor.shape) > 1 and tensor.component not in ("sink", "convolution")
+    return min(tensor.rows, tensor.columns) > 1 and tensor.component not in ("sink", "convolution")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pangu_ms import PanguForCausalLM
+from pangu_ms.errors import ConfigError
 from pangu_ms.model.trace import _mtp_depths
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
@@ -121,4 +122,19 @@ def test_settings_decide_what_is_computed(small):
         assert all(".indexer." in name for name in trained) == (len(names) == 1) and trained
         assert not any(name.endswith("e_score_correction_bias") for name in trained)
     assert all(parameter.requires_grad for parameter in model.get_parameters()), "the caller's model is left as it was"
+
+
+def test_config_decides_the_weight_of_the_balance_loss_where_no_setting_does(model):
+    network = model("pro_moe")
+    for settings, wanted in ((TrainingSettings(), 1e-3), (TrainingSettings(balance_loss_coeff=0.2), 0.2)):
+        forward = Pretraining(network, settings)
+        assert forward.part_names == ("lm", "balance")
+        np.testing.assert_allclose(forward.weights.asnumpy(), [1, wanted], rtol=1e-6)
+    assert Pretraining(network, TrainingSettings(balance_loss_coeff=0)).part_names == ("lm",)
+
+
+def test_a_rate_of_biases_that_are_not_there_is_refused(model):
+    with pytest.raises(ConfigError, match="router_bias_update_rate: found 0.01, but the routers of the model have no "
+                                          "selection bias; take 0"):
+        Pretraining(model("pro_moe"), TrainingSettings(router_bias_update_rate=0.01))
 

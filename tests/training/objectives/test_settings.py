@@ -8,7 +8,8 @@ from pangu_ms.training.objectives.settings import TrainingSettings
 def test_defaults_train_the_language_model_alone():
     settings = TrainingSettings.from_dict({})
     assert settings == TrainingSettings() and settings.indexer_loss == "off" and settings.mtp_loss_weight == 1.0
-    assert settings.balance_loss_coeff == settings.z_loss_coeff == settings.router_bias_update_rate == 0.0
+    assert settings.balance_loss_coeff is None                                  # what config.json says
+    assert settings.z_loss_coeff == settings.router_bias_update_rate == 0.0
 
 
 def test_whole_numbers_become_floats():
@@ -22,6 +23,7 @@ def test_whole_numbers_become_floats():
     ({"indexer_los": "off"}, "pangu_training.indexer_los: no such key; did you mean indexer_loss"),
     ({"z_loss_coeff": -1e-3}, "pangu_training.z_loss_coeff: found -0.001, wanted a number of at least 0"),
     ({"z_loss_coeff": "1e-3"}, "pangu_training.z_loss_coeff: found '1e-3', wanted a number"),
+    ({"balance_loss_coeff": -1}, "pangu_training.balance_loss_coeff: found -1, wanted a number of at least 0"),
     ({"moe_init_std": float("nan")}, "pangu_training.moe_init_std: found nan, wanted a number"),
     ({"mtp_loss_weight": float("inf")}, "pangu_training.mtp_loss_weight: found inf"),
     ({"mtp_loss_weight": True}, "pangu_training.mtp_loss_weight: found True"),

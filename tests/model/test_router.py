@@ -1,0 +1,27 @@
+"""The choice of one expert of each group, on logits as skewed as they come."""
+import mindspore as ms
+import numpy as np
+import pytest
+
+from pangu_ms import device
+from tests.ops import flat
+from tests.ops.cells import op_by_op
+
+EXPERTS, GROUPS = 64, 8
+device.start()
+
+
+@pytest.mark.parametrize("skew", [0, 5])
+def test_every_expert_rank_gets_the_same_number_of_rows(skew):
+    """Imbalance is 0 for any number of ranks that have whole groups: no token can lean towards one of them."""
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(2, 50, EXPERTS)) + skew * draw.normal(size=EXPERTS)
+    ids, weights = (found.asnumpy() for found in op_by_op(
+        flat.choose_experts, ms.Tensor(logits, ms.float32), ms.Tensor(np.zeros(EXPERTS), ms.float32),
+        ms.Tensor(np.ones(GROUPS), ms.float32), False, "softmax", True))
+    assert np.array_equal(ids // (EXPERTS // GROUPS), np.broadcast_to(np.arange(GROUPS), ids.shape))
+    for ranks in (1, 2, 4, 8):
+        load = np.bincount(ids.ravel() // (EXPERTS // ranks), minlength=ranks)
+        assert load.max() == load.mean() == 2 * 50 * GROUPS // ranks
+    score = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(weights, score.reshape(2, 50, GROUPS, -1).max(-1), rtol=1e-6)
