@@ -1,7 +1,7 @@
 """The members of the family: what differs between them, one file each. Needs no MindSpore."""
 import os
 
-from pangu_ms.architectures import openpangu_v2, pangu_embedded
+from pangu_ms.architectures import openpangu_v2, pangu_embedded, pangu_ultra_moe
 from pangu_ms.architectures.fields import CONFIG_FILE, Config, read_fields
 from pangu_ms.errors import ConfigError
 
@@ -10,6 +10,7 @@ ARCHITECTURES = {
     "OpenPanguV2ForCausalLM": openpangu_v2.PanguConfig,
     "PanguV2MoEForCausalLM": openpangu_v2.PanguConfig,
     "PanguEmbeddedForCausalLM": pangu_embedded.PanguEmbeddedConfig,
+    "PanguUltraMoEForCausalLM": pangu_ultra_moe.PanguUltraMoEConfig,
 }
 
 

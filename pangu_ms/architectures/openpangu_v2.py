@@ -92,10 +92,16 @@ MTP = (
     ("eh_proj.weight", "hidden 2*hidden", WHOLE, "mtp_input", INT8, NORMAL),
     ("shared_head.norm.weight", "hidden", WHOLE, "mtp_input", None, ONE),
 )
+EMBEDDINGS = (
+    ("model.embed_tokens.weight", "vocab hidden", (ROWS,), "embedding", None, EMBEDDING),
+)
+HEAD = (
+    ("lm_head.weight", "vocab hidden", (ROWS,), "head", None, NORMAL),
+    ("model.norm.weight", "hidden", WHOLE, "norm", None, ONE),
+)
+COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 TENSORS = Table(
-    first=(
-        ("model.embed_tokens.weight", "vocab hidden", (ROWS,), "embedding", None, EMBEDDING),
-    ),
+    first=EMBEDDINGS,
     layers=(
         (lambda layer: True, EVERY_LAYER),
         (lambda layer: layer.attention.kind == "dsa", DSA),
@@ -106,14 +112,13 @@ TENSORS = Table(
         (lambda layer: layer.mtp_depth > 0, MTP),
     ),
     last=(
-        ("lm_head.weight", "vocab hidden", (ROWS,), "head", None, NORMAL),
-        ("model.norm.weight", "hidden", WHOLE, "norm", None, ONE),
+        *HEAD,
         ("model.merge_mhc_module.phi.weight", "streams streams*hidden", WHOLE, "merge", None, NORMAL),
         ("model.merge_mhc_module.norm_gamma", "streams*hidden", WHOLE, "merge", None, ONE),
         ("model.merge_mhc_module.branch_alpha_pre", "1", WHOLE, "merge", None, ALPHA),
         ("model.merge_mhc_module.branch_beta_pre", "streams", WHOLE, "merge", None, ZERO),
     ),
-    copies={"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"},
+    copies=COPIES,
 )
 
 

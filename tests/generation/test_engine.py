@@ -22,13 +22,15 @@ def test_chunked_prefill(model, golden, name, chunk):
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 24])
-def test_grouped_queries(model, golden, prompt):
-    check(Engine(model("embedded"), capacity=4), golden("embedded", "T24"), prompt, chunk=512)
+@pytest.mark.parametrize("name", ["embedded", "ultra_moe"])
+def test_growing_tensors(model, golden, name, prompt):
+    check(Engine(model(name), capacity=4), golden(name, "T24"), prompt, chunk=512)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16])
-def test_grouped_queries_of_a_batch_in_chunks(model, golden, chunk):
-    check(Engine(model("embedded_tied"), batch=2, capacity=16), golden("embedded_tied", "T40_B2"), 37, chunk)
+@pytest.mark.parametrize("name", ["embedded_tied", "ultra_moe"])
+def test_growing_tensors_of_a_batch_in_chunks(model, golden, name, chunk):
+    check(Engine(model(name), batch=2, capacity=16), golden(name, "T40_B2"), 37, chunk)
 
 
 @pytest.mark.slow

@@ -13,31 +13,33 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    """Greedy text of tiny without drafts, by prompt."""
+    """Greedy text without drafts, by prompt."""
     texts = {}
 
-    def text(prompt):
-        if tuple(prompt) not in texts:
-            texts[tuple(prompt)] = generate(model("tiny"), prompt, NEW_TOKENS, eos_token_ids=())
-        return texts[tuple(prompt)]
+    def text(prompt, name="tiny"):
+        key = (name, *prompt)
+        if key not in texts:
+            texts[key] = generate(model(name), prompt, NEW_TOKENS, eos_token_ids=())
+        return texts[key]
     return text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafts", [1, 3, 5])
-def test_drafts_do_not_change_greedy_text(model, greedy, drafts):
+@pytest.mark.parametrize("name, drafts", [("tiny", 1), ("tiny", 3), ("tiny", 5), ("ultra_moe", 1), ("ultra_moe", 3)])
+def test_drafts_do_not_change_greedy_text(model, greedy, name, drafts):
+    """Of MTP layers with windows, and of one that sees the whole context."""
     for prompt in PROMPTS:
-        responses = list(stream_generate(model("tiny"), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=()))
-        assert [response.token_id for response in responses] == greedy(prompt)
+        responses = list(stream_generate(model(name), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=()))
+        assert [response.token_id for response in responses] == greedy(prompt, name)
         assert len(responses[-1].drafted) == drafts and min(responses[-1].drafted) > 9
         assert sum(response.draft_depth > 0 for response in responses) == sum(responses[-1].accepted)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafts", [0, 3])
-def test_a_batch_gives_what_each_prompt_gives_alone(model, greedy, drafts):
-    found = generate_batch(model("tiny"), PROMPTS, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=())
-    assert found == [greedy(prompt) for prompt in PROMPTS]
+@pytest.mark.parametrize("name, drafts", [("tiny", 0), ("tiny", 3), ("ultra_moe", 3)])
+def test_a_batch_gives_what_each_prompt_gives_alone(model, greedy, name, drafts):
+    found = generate_batch(model(name), PROMPTS, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=())
+    assert found == [greedy(prompt, name) for prompt in PROMPTS]
 
 
 @pytest.mark.slow
@@ -52,18 +54,19 @@ def test_one_sequence_of_a_batch_may_end_early(model, greedy):
 
 
 @pytest.mark.slow
-def test_drafts_are_those_of_the_full_forward(model, golden):
+@pytest.mark.parametrize("name, file", [("tiny", "T64"), ("ultra_moe", "T40_B2")])
+def test_drafts_are_those_of_the_full_forward(model, golden, name, file):
     """The chain of MTP layers on the same history, after accepted drafts (the true next ones, put in) and rejected."""
-    text = golden("tiny", "T64")["ids"][0].tolist()
+    text = golden(name, file)["ids"][0].tolist()
     after = [0] * 64  # one length of full forwards, which do not look ahead: one graph
-    engine = Engine(model("tiny"), num_draft_tokens=3)
+    engine = Engine(model(name), num_draft_tokens=3)
     length = 20  # known tokens; all but the last are in the cache
     engine.prefill(np.array([text[:length - 1]], np.int32))
     for kept in (0, 3, 1, 0, 3, 3, 2, 0):
         drafts, logits = engine.draft([text[:length]])
-        full = model("tiny").mtp_logits(np.array([(text[:length] + drafts[0].tolist() + after)[:64]], np.int32))
-        for depth in (1, 2, 3):
-            wanted = full[depth - 1].asnumpy()[0, length - 2]
+        full = model(name).mtp_logits(np.array([(text[:length] + drafts[0].tolist() + after)[:64]], np.int32))
+        for depth, logits_of_all in enumerate(full, 1):
+            wanted = logits_of_all.asnumpy()[0, length - 2]
             found = logits.asnumpy()[0, depth - 1]
             assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
             assert drafts[0, depth - 1] == wanted.argmax()

@@ -39,7 +39,7 @@ class Logits(ms.nn.Cell):
         step = self.causal_lm.whole(position, True)
         merged, _ = self.causal_lm.model(ids, step, None)
         found = (self.causal_lm.logits(merged),)
-        for _, logits in _mtp_depths(self.causal_lm, self.depths, ids, merged, step):
+        for _, logits, _ in _mtp_depths(self.causal_lm, self.depths, ids, merged, step):
             found = found + (logits,)
         return found
 
