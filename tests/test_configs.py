@@ -6,6 +6,7 @@ import pytest
 from pangu_ms.architectures import config_from_dict
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_ultra_moe import PanguUltraMoEConfig
 from pangu_ms.yaml_file import read_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -32,6 +33,15 @@ def test_embedded_is_embedded():
     assert model_config("predict_embedded_7b.yaml", "pangu_embedded") == wanted
     toy = model_config("pretrain_toy_cpu.yaml", "pangu_embedded")
     assert toy.parameter_count()["trunk"] < 2_000_000 and toy.plan.tied_head and toy.plan.layers[0].attention.bias
+
+
+@pytest.mark.parametrize("name", ["predict_ultra_moe_718b.yaml", "finetune_ultra_moe_718b_sft.yaml"])
+def test_ultra_is_ultra(name):
+    wanted = PanguUltraMoEConfig.ultra_moe_718b(compute_dtype="bfloat16")
+    assert model_config(name, "pangu_ultra_moe") == wanted
+    toy = model_config("pretrain_toy_cpu.yaml", "pangu_ultra_moe")
+    assert toy.parameter_count()["trunk_and_mtp"] < 5_000_000
+    assert [layer.moe for layer in toy.plan.layers] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "configs/openpangu_v2/README.md", "configs/openpangu_v2/CLUSTER.md",
-             "configs/pangu_embedded/README.md")
+             "configs/pangu_embedded/README.md", "configs/pangu_ultra_moe/README.md")
 # A fresh clone runs these before this test, another test that, and no machine here has the devices for the others.
 ELSEWHERE = re.compile(r"make (demo|test)$|python3.11 -m venv|.venv/bin/pip|python examples/toy_corpus.py"
                        r"|msrun --worker_num=(8|64) |python tools/bench.py ")
@@ -55,14 +55,17 @@ def directory(tmp_path_factory, data, one_layer):
     chats = [{"thinking": False, "messages": [{"role": role, "content": text[:12]} for role in ("user", "assistant")]}
              for text in texts]
     (directory / "data").mkdir()
-    for name, lines in (("pretrain", [{"text": text} for text in texts]), ("chats", chats)):
+    documents = [{"text": text} for text in texts]
+    for name, lines in (("pretrain", documents), ("heldout", documents), ("chats", chats)):
         (directory / "data" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     train_tokenizer(texts, 268, directory / "data" / "tokenizer")
 
     model = one_layer | {"bos_token_id": 260, "eos_token_id": 261, "pad_token_id": 261}
-    small = {"openpangu_v2": model, "pangu_embedded": {
-        **json.loads((data / "embedded_tied" / "config.json").read_text()),
-        **{name: model[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}}}
+    tokens = {name: model[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    small = {"openpangu_v2": model} | {
+        folder: json.loads((data / name / "config.json").read_text()) | tokens | fields for folder, name, fields in (
+            ("pangu_embedded", "embedded_tied", {}),
+            ("pangu_ultra_moe", "ultra_moe", {"num_hidden_layers": 1, "num_dense_layers": 0}))}
     for path in (ROOT / "configs").glob("*/*.yaml"):
         fields = read_yaml(str(path))
         if path.stem.endswith("cpu"):

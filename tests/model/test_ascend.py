@@ -11,6 +11,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.pangu_ultra_moe import PanguUltraMoEConfig
 
 CONFIG = PanguConfig.flash_92b(
     compute_dtype="bfloat16", num_hidden_layers=2, num_nextn_predict_layers=1, first_k_dense_replace=1,
@@ -88,6 +89,21 @@ def test_steps_of_grouped_queries(on_ascend, inferred_graph, length):
     assert {"RmsNorm", "RotaryPositionEmbedding", "Swiglu", "FlashAttentionScore"} <= found
     assert not any("-1" in shape for shape in shapes)
     assert "2, 1, 153376" in shapes and "2, 1024, 32, 128" not in shapes        # no copies of keys for each query head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafting", [False, True])
+def test_steps_of_ultra(on_ascend, inferred_graph, drafting):
+    """At the widths of Ultra MoE 718B, one layer with experts and the MTP layer, which sees the whole context."""
+    from pangu_ms import PanguForCausalLM
+    from pangu_ms.generation.steps import Draft, Step
+    with no_init_parameters():
+        network = PanguForCausalLM(PanguUltraMoEConfig.ultra_moe_718b(
+            compute_dtype="bfloat16", num_hidden_layers=1, num_dense_layers=0))
+    step = Draft(network, 1, 2, 1024) if drafting else Step(network, 1, None, False, True, CHUNK, 1024)
+    found, shapes = inferred_graph(step, *step.get_inputs())
+    assert (ALWAYS if drafting else MANY_ROWS) <= found
+    assert not any("-1" in shape for shape in shapes)
 
 
 @pytest.mark.slow

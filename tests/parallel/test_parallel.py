@@ -17,7 +17,8 @@ from tests.parallel.conftest import LARGE
 WORKER = Path(worker.__file__)
 
 
-CASES = {"tensor and expert": ((2, 2, 1), ("memory", "train", "drafting")), "grouped": ((2, 1, 1), ("grouped",))}
+CASES = {"tensor and expert": ((2, 2, 1), ("memory", "train", "drafting")),
+         "members": ((2, 1, 1), ("grouped", "latent"))}
 
 
 def whole(what, checkpoint):
@@ -34,7 +35,7 @@ def test_ranks_together_are_one_process(checkpoint, msrun, tmp_path, case):
     sizes, computed = CASES[case]
     code, printed, _ = msrun(np.prod(sizes), WORKER, checkpoint, *sizes, tmp_path, *computed)
     assert code == 0, printed[-3000:]
-    known = parameters(read_config(checkpoint / "grouped" if case == "grouped" else checkpoint))
+    tables = {name: parameters(read_config(checkpoint / name)) for name in (".", "grouped", "latent")}
     places = Ranks(*sizes[:2])
     wanted = {name: values for what in computed for name, values in whole(what, checkpoint).items()}
     for rank in range(places.count):
@@ -44,7 +45,7 @@ def test_ranks_together_are_one_process(checkpoint, msrun, tmp_path, case):
             kind, _, of = name.partition(" ")
             part = values
             if of:
-                tensor = known[of.removeprefix("muon.").removeprefix("adam_m.")]
+                tensor = tables.get(kind, tables["."])[of.removeprefix("muon.").removeprefix("adam_m.")]
                 part = sliced(tensor, places.at(rank)).view(values)
             if of or name.endswith("logits"):
                 off = abs(found[name] - part).max() / max(abs(values).max(), 1e-20)

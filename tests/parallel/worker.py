@@ -35,18 +35,29 @@ def drafting(directory, ranks):
 
 
 def grouped(directory, ranks):
-    """-> arrays by name: logits of a prompt and of a token behind it in a model of grouped queries, and the gradients
-    by parameter of one step, where the head is the embedding."""
-    model = PanguForCausalLM.from_pretrained(Path(directory) / "grouped", ranks=ranks)
-    ids, engine = token_ids(model.config), Engine(model, batch=BATCH)
-    found = {"prompt_logits": engine.prefill(ids[:, :PROMPT])}
-    found["decode_logits"] = engine.decode(ids[:, PROMPT:PROMPT + 1])
+    """-> arrays by name: `member` of grouped queries, whose head is the embedding."""
+    return member(directory, ranks, "grouped", drafts=0)
+
+
+def latent(directory, ranks):
+    """-> arrays by name: `member` of latent attention that sees the whole context, MTP layer and experts."""
+    return member(directory, ranks, "latent", drafts=1)
+
+
+def member(directory, ranks, name, drafts):
+    """Logits of a prompt, of a token behind it and of drafts, and the gradients by parameter of one step."""
+    model = PanguForCausalLM.from_pretrained(Path(directory) / name, ranks=ranks)
+    ids, engine = token_ids(model.config), Engine(model, batch=BATCH, num_draft_tokens=drafts)
+    found = {f"{name}_prompt_logits": engine.prefill(ids[:, :PROMPT])}
+    found[f"{name}_decode_logits"] = engine.decode(ids[:, PROMPT:PROMPT + 1])
+    if drafts:
+        found[f"{name}_draft_logits"] = engine.draft(ids[:, :PROMPT + 2].tolist())[1].asnumpy()
     objective = Pretraining(model, TrainingSettings())
     step = TrainStep(objective, PanguMuon(objective.trained_parameters(), model.config, 0.003, ranks=ranks or Ranks()))
     batch = [ids, np.roll(ids, -1, 1), np.ones(ids.shape, np.float32), np.tile(np.arange(LENGTH, dtype=np.int32),
                                                                                (BATCH, 1))]
     _, _, _, gradients = step.gradients(*map(ms.Tensor, batch))
-    return found | {f"gradient {parameter.name}": gradient.asnumpy()
+    return found | {f"{name} {parameter.name}": gradient.asnumpy()
                     for parameter, gradient in zip(step.optimizer.parameters, gradients)}
 
 
@@ -108,5 +119,6 @@ if __name__ == "__main__":
     place = collectives.start(Ranks(*map(int, sizes)))
     results = {}
     for what in sys.argv[6:]:
-        results |= {"drafting": drafting, "grouped": grouped, "train": train, "memory": memory}[what](directory, place)
+        results |= {"drafting": drafting, "grouped": grouped, "latent": latent, "train": train,
+                    "memory": memory}[what](directory, place)
     np.savez(Path(output) / f"{place.rank}.npz", **results)
