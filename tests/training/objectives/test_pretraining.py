@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pangu_ms import PanguForCausalLM
+from pangu_ms.errors import ConfigError
 from pangu_ms.model.trace import _mtp_depths
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
@@ -104,6 +105,13 @@ def test_gradients_do_not_depend_on_the_layout(forward, layouts):
         tolerance = 1e-3 if "merge_mhc_module" in parameter.name else 1e-5
         off = abs(found - wanted).max() / abs(wanted).max()
         assert off < tolerance, f"{parameter.name}: {off:.2e}"
+
+
+def test_no_bias_follows_the_load_where_there_is_none(model):
+    forward = Pretraining(model("ultra_moe"), TrainingSettings())
+    assert forward.part_names == ("lm", "mtp_1") and not forward.biased and forward.moe_layers == (1, 2, 3, 4)
+    with pytest.raises(ConfigError, match="router_bias_update_rate: found 0.1, but no router .* take 0"):
+        Pretraining(model("ultra_moe"), TrainingSettings(router_bias_update_rate=0.1))
 
 
 def test_settings_decide_what_is_computed(small):
