@@ -17,8 +17,9 @@ from tests.parallel.conftest import LARGE
 WORKER = Path(worker.__file__)
 
 
-CASES = {"tensor and expert": ((2, 2, 1), ("memory", "train", "drafting")),
-         "members": ((2, 1, 1), ("grouped", "latent"))}
+# Folder of the checkpoint, ranks, what they compute.
+CASES = {"tensor and expert": ("", (2, 2, 1), ("memory", "train", "drafting")),
+         "grouped": ("grouped", (2, 1, 1), ("grouped",)), "latent": ("latent", (2, 1, 1), ("train", "drafting"))}
 
 
 def whole(what, checkpoint):
@@ -32,10 +33,11 @@ def whole(what, checkpoint):
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_together_are_one_process(checkpoint, msrun, tmp_path, case):
     """Data parallel runs are in tests/test_documented_commands.py."""
-    sizes, computed = CASES[case]
+    folder, sizes, computed = CASES[case]
+    checkpoint = checkpoint / folder
     code, printed, _ = msrun(np.prod(sizes), WORKER, checkpoint, *sizes, tmp_path, *computed)
     assert code == 0, printed[-3000:]
-    tables = {name: parameters(read_config(checkpoint / name)) for name in (".", "grouped", "latent")}
+    known = parameters(read_config(checkpoint))
     places = Ranks(*sizes[:2])
     wanted = {name: values for what in computed for name, values in whole(what, checkpoint).items()}
     for rank in range(places.count):
@@ -45,7 +47,7 @@ def test_ranks_together_are_one_process(checkpoint, msrun, tmp_path, case):
             kind, _, of = name.partition(" ")
             part = values
             if of:
-                tensor = tables.get(kind, tables["."])[of.removeprefix("muon.").removeprefix("adam_m.")]
+                tensor = known[of.removeprefix("muon.").removeprefix("adam_m.")]
                 part = sliced(tensor, places.at(rank)).view(values)
             if of or name.endswith("logits"):
                 off = abs(found[name] - part).max() / max(abs(values).max(), 1e-20)

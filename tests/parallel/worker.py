@@ -35,29 +35,18 @@ def drafting(directory, ranks):
 
 
 def grouped(directory, ranks):
-    """-> arrays by name: `member` of grouped queries, whose head is the embedding."""
-    return member(directory, ranks, "grouped", drafts=0)
-
-
-def latent(directory, ranks):
-    """-> arrays by name: `member` of latent attention that sees the whole context, MTP layer and experts."""
-    return member(directory, ranks, "latent", drafts=1)
-
-
-def member(directory, ranks, name, drafts):
-    """Logits of a prompt, of a token behind it and of drafts, and the gradients by parameter of one step."""
-    model = PanguForCausalLM.from_pretrained(Path(directory) / name, ranks=ranks)
-    ids, engine = token_ids(model.config), Engine(model, batch=BATCH, num_draft_tokens=drafts)
-    found = {f"{name}_prompt_logits": engine.prefill(ids[:, :PROMPT])}
-    found[f"{name}_decode_logits"] = engine.decode(ids[:, PROMPT:PROMPT + 1])
-    if drafts:
-        found[f"{name}_draft_logits"] = engine.draft(ids[:, :PROMPT + 2].tolist())[1].asnumpy()
+    """-> arrays by name: logits of a prompt and of a token behind it in a model of grouped queries, and the gradients
+    by parameter of one step, where the head is the embedding."""
+    model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
+    ids, engine = token_ids(model.config), Engine(model, batch=BATCH)
+    found = {"prompt_logits": engine.prefill(ids[:, :PROMPT])}
+    found["decode_logits"] = engine.decode(ids[:, PROMPT:PROMPT + 1])
     objective = Pretraining(model, TrainingSettings())
     step = TrainStep(objective, PanguMuon(objective.trained_parameters(), model.config, 0.003, ranks=ranks or Ranks()))
     batch = [ids, np.roll(ids, -1, 1), np.ones(ids.shape, np.float32), np.tile(np.arange(LENGTH, dtype=np.int32),
                                                                                (BATCH, 1))]
     _, _, _, gradients = step.gradients(*map(ms.Tensor, batch))
-    return found | {f"{name} {parameter.name}": gradient.asnumpy()
+    return found | {f"gradient {parameter.name}": gradient.asnumpy()
                     for parameter, gradient in zip(step.optimizer.parameters, gradients)}
 
 
@@ -69,8 +58,9 @@ def train(directory, ranks):
     """
     ranks = replace(ranks or Ranks(), batch_sharded=True)
     model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
-    settings = TrainingSettings(indexer_loss="sparse", balance_loss_coeff=0.01, z_loss_coeff=0.01,
-                                router_bias_update_rate=0.01)
+    biased = any(layer.moe and layer.feed_forward.selection_bias for layer in model.plan.layers)
+    settings = TrainingSettings(indexer_loss="sparse" if model.plan.indexer else "off", balance_loss_coeff=0.01,
+                                z_loss_coeff=0.01, router_bias_update_rate=0.01 if biased else 0.0)
     ids = token_ids(model.config)
     position = np.tile(np.r_[:15, :LENGTH - 15].astype(np.int32), (BATCH, 1))   # two documents in each row
     mask = np.ones(ids.shape, np.float32)
@@ -119,6 +109,5 @@ if __name__ == "__main__":
     place = collectives.start(Ranks(*map(int, sizes)))
     results = {}
     for what in sys.argv[6:]:
-        results |= {"drafting": drafting, "grouped": grouped, "latent": latent, "train": train,
-                    "memory": memory}[what](directory, place)
+        results |= {"drafting": drafting, "grouped": grouped, "train": train, "memory": memory}[what](directory, place)
     np.savez(Path(output) / f"{place.rank}.npz", **results)
