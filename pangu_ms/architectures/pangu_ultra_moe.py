@@ -88,9 +88,9 @@ class PanguUltraMoEConfig(Config):
     topk_group: int = 1
     sandwich_norm: bool = True
     initializer_range: float = 0.02
-    bos_token_id: int | None = 1
-    eos_token_id: int | tuple[int, ...] | None = 45892
-    pad_token_id: int | None = 0
+    bos_token_id: int | None = None  # sources differ on the release's: only its files can say
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
     torch_dtype: str | None = None
     dtype: str | None = None
 
@@ -105,7 +105,6 @@ class PanguUltraMoEConfig(Config):
         "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
         "num_attention_heads", "rms_norm_eps", "max_position_embeddings", "num_experts_per_tok",
         "routed_scaling_factor", "sandwich_norm", *SPELLINGS.values()))
-    NULL_WHEN_ABSENT: typing.ClassVar = ("bos_token_id", "eos_token_id", "pad_token_id")
     SPELLINGS: typing.ClassVar = SPELLINGS | {"rope_interleaved": "rope_interleave"}
     MTP_FIELD: typing.ClassVar = "num_mtp_layers"
 

@@ -29,7 +29,7 @@ LATENT = PanguUltraMoEConfig(
     vocab_size=96, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=1,
     num_dense_layers=0, num_attention_heads=4, attention_q_lora_dim=24, attention_kv_lora_dim=16, attention_qk_dim=8,
     attention_qk_rope_dim=8, attention_v_dim=8, num_routed_experts=8, num_experts_per_tok=3, rope_theta=1e4,
-    max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    max_position_embeddings=256)
 
 # 194 MB, of which each of four ranks takes 86: enough to be measured.
 LARGE = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_intermediate_size=512)
