@@ -8,6 +8,7 @@ from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 from pangu_ms.architectures.pangu_pro_moe import PanguProMoEConfig
 from pangu_ms.architectures.pangu_pro_moe_v2 import PanguProMoEV2Config
+from pangu_ms.architectures.pangu_ultra_moe import PanguUltraMoEConfig
 from pangu_ms.yaml_file import read_yaml
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -44,6 +45,8 @@ def test_pro_moe_is_pro_moe(name):
 def test_the_toy_of_pro_moe_is_small():
     toy = model_config("pretrain_toy_cpu.yaml", "pangu_pro_moe")
     assert toy.parameter_count()["trunk"] < 4_000_000 and all(layer.feed_forward.groups for layer in toy.plan.layers)
+
+
 @pytest.mark.parametrize("name", ["predict_r_72b.yaml", "finetune_r_72b_sft.yaml"])
 def test_r_72b_is_r_72b(name):
     assert model_config(name, "pangu_pro_moe_v2") == PanguProMoEV2Config.r_72b(compute_dtype="bfloat16")
@@ -53,6 +56,15 @@ def test_its_toy_is_small_and_has_what_it_has():
     plan = (config := model_config("pretrain_toy_cpu.yaml", "pangu_pro_moe_v2")).plan
     assert config.parameter_count()["trunk_and_mtp"] < 5_000_000
     assert [layer.moe for layer in plan.layers] == [False, True, True, True, True] and len(plan.mtp_layers) == 1
+
+
+@pytest.mark.parametrize("name", ["predict_ultra_moe_718b.yaml", "finetune_ultra_moe_718b_sft.yaml"])
+def test_ultra_is_ultra(name):
+    wanted = PanguUltraMoEConfig.ultra_moe_718b(compute_dtype="bfloat16")
+    assert model_config(name, "pangu_ultra_moe") == wanted
+    toy = model_config("pretrain_toy_cpu.yaml", "pangu_ultra_moe")
+    assert toy.parameter_count()["trunk_and_mtp"] < 5_000_000
+    assert [layer.moe for layer in toy.plan.layers] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -29,7 +29,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "configs/openpangu_v2/README.md", "configs/openpangu_v2/CLUSTER.md",
-             "configs/pangu_embedded/README.md", "configs/pangu_pro_moe/README.md", "configs/pangu_pro_moe_v2/README.md")
+             *(f"configs/{member}/README.md" for member in ("pangu_embedded", "pangu_pro_moe", "pangu_pro_moe_v2",
+                                                            "pangu_ultra_moe")))
 # A fresh clone runs these before this test, another test that, and no machine here has the devices for the others.
 ELSEWHERE = re.compile(r"make (demo|test)$|python3.11 -m venv|.venv/bin/pip|python examples/toy_corpus.py"
                        r"|msrun --worker_num=(8|64) |python tools/bench.py ")
@@ -64,7 +65,8 @@ def directory(tmp_path_factory, data, one_layer):
     words = {name: model[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     small = {"openpangu_v2": model}
     for folder, name, layers in (("pangu_embedded", "embedded_tied", {}), ("pangu_pro_moe", "pro_moe", {}),
-                                 ("pangu_pro_moe_v2", "pro_moe_v2", {"num_hidden_layers": 2})):
+                                 ("pangu_pro_moe_v2", "pro_moe_v2", {"num_hidden_layers": 2}),
+                                 ("pangu_ultra_moe", "ultra_moe", {"num_hidden_layers": 1, "num_dense_layers": 0})):
         small[folder] = json.loads((data / name / "config.json").read_text()) | layers | words
     for path in (ROOT / "configs").glob("*/*.yaml"):
         fields = read_yaml(str(path))

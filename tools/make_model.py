@@ -155,7 +155,7 @@ def _write(directory, config, blocks, shard_size):
     config.save_pretrained(directory)
     code, weight_map = CODES[config.dtype or "float32"], {}
     tensors = [dataclasses.replace(tensor, dtype="F32" if tensor.parameter.note == FLOAT32 else code)
-               for tensor in released(config)]
+               for tensor in released(config, config.tensors.copies_known)]
     size = sum(tensor.nbytes for tensor in tensors)
     with tqdm(desc="writing", total=size, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for shard in into_shards(tensors, shard_size):

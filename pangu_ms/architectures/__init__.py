@@ -1,7 +1,9 @@
 """The members of the family: what differs between them, one file each. Needs no MindSpore."""
 import os
 
-from pangu_ms.architectures import openpangu_v2, pangu_embedded, pangu_pro_moe, pangu_pro_moe_v2
+from pangu_ms.architectures import (
+    openpangu_v2, pangu_embedded, pangu_pro_moe, pangu_pro_moe_v2, pangu_ultra_moe,
+)
 from pangu_ms.architectures.fields import CONFIG_FILE, Config, read_fields
 from pangu_ms.errors import ConfigError
 
@@ -12,6 +14,7 @@ ARCHITECTURES = {
     "PanguEmbeddedForCausalLM": pangu_embedded.PanguEmbeddedConfig,
     "PanguProMoEForCausalLM": pangu_pro_moe.PanguProMoEConfig,
     "PanguProMoEV2ForCausalLM": pangu_pro_moe_v2.PanguProMoEV2Config,
+    "PanguUltraMoEForCausalLM": pangu_ultra_moe.PanguUltraMoEConfig,
 }
 
 

@@ -41,6 +41,7 @@ class Table:
         first, last: rows of what is stored before and behind the layers.
         layers: pairs (condition on a `Layer`, rows); names go below "model.layers.{i}.".
         copies: stored a second time in every MTP layer of the release: name below the layer -> what it repeats.
+        copies_known: whether it is known that the release stores them. If not they are read and never written.
         computed: names below a layer that a release may store although they follow from the config: never read.
         spellings: other name below a layer that a file may give a tensor -> the release's.
         quantised: how names end that only a quantised release has, which is refused.
@@ -50,6 +51,7 @@ class Table:
     layers: tuple[tuple[Callable[[Layer], bool], tuple[tuple, ...]], ...]
     last: tuple[tuple, ...]
     copies: dict[str, str]
+    copies_known: bool = True
     computed: tuple[str, ...] = ()
     spellings: dict[str, str] = field(default_factory=dict)
     quantised: tuple[str, ...] = ()
@@ -221,7 +223,7 @@ def count_parameters(config) -> dict:
             if p.component == "expert":
                 idle += p.count // p.members * (p.members - p.layer.feed_forward.experts_per_token)
     trunk, total = sum(components.values()), sum(p.count for p in found.values())
-    copies = sum(found[original].count for original in mtp_copies(config).values())
+    copies = sum(found[original].count for original in mtp_copies(config).values()) * config.tensors.copies_known
     embedding, tied = components["embedding"], config.plan.tied_head
     layers = trunk - idle - embedding - (0 if tied else components["head"])
     return {

@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(mtp_copies="keep", dequantize=False, tensor_parallel=1, expert_parallel=1, rank=None)
         if name == "ms2hf":
             command.add_argument("--mtp-copies", default="keep", choices=["keep", "drop"],
-                                 help="embedding and head, which the release repeats in each MTP layer")
+                                 help="embedding and head, where the release repeats them in each MTP layer")
         else:
             command.add_argument("--dequantize", action="store_true", help="turn the Int8 release into floats")
             command.add_argument("--tensor-parallel", type=_positive, metavar="T", help="cut heads for T ranks")

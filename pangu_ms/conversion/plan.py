@@ -130,7 +130,7 @@ def plan_conversion(source: Source, options: Options) -> list[Plan]:
     config = _describe(config, options)
     digest = _digest(source, config, options)
     if options.to == "released":
-        layouts = [released(config, options.mtp_copies)]
+        layouts = [released(config, options.mtp_copies and config.tensors.copies_known)]
     else:
         check_ranks(config, options.ranks)
         layouts = [stacked(config, options.ranks.at(rank)) for rank in range(options.ranks.count)]

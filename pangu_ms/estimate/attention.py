@@ -69,11 +69,11 @@ class LatentCost:
         """
         a, heads, rows, d = self.attention, self.heads, self.calls.rows, self.case.width
         plain = not self.case.work.fused
-        wide = 4 * plain
-        # Latent vectors: projected, convolved, normed; wide before the convolution and before the norm. Queries:
-        # projected and rotated; wide between. What the heads give: before and behind the convolution; wide before it.
-        found = {"projections": rows * ((a.q_lora_rank + a.row_width) * (3 * d + 2 * wide)
-                                        + heads * (a.qk_head_dim + a.v_head_dim) * (2 * d + wide))}
+        wide, convolved = 4 * plain, d + 4 * plain if a.conv_width > 1 else 0
+        # Latent vectors: projected, normed; wide between. Queries: projected and rotated; wide between. What the heads
+        # give. And of the first and the last what a convolution gives; wide before it.
+        found = {"projections": rows * ((a.q_lora_rank + a.row_width) * (2 * d + wide + convolved)
+                                        + heads * (a.qk_head_dim * (2 * d + wide) + a.v_head_dim * (d + convolved)))}
         # The keys and values of each row, or absorbed the queries over latent rows.
         of_row = np.where(self.absorbed, a.row_width, a.qk_nope_head_dim + a.v_head_dim)
         found["keys_values"] = self.kv_b_rows * of_row * heads * d

@@ -12,6 +12,7 @@ from pangu_ms.model.elementary import masked_softmax
 from pangu_ms.model.linear import Linear, add_bias, linear, parameter, without_bias
 from pangu_ms.model.norm import RMSNorm, rms_norm
 from pangu_ms.model.rope import apply_rope
+from pangu_ms.model.sinks import behind_sinks
 from pangu_ms.parallel import collectives
 
 # ---------------------------------------------------------------- the steps of a layer
@@ -51,7 +52,7 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
     the other and meet their keys in one product.
     """
     if sinks is not None:
-        keys, values = behind_sinks(keys, sinks["keys"]), behind_sinks(values, sinks["values"])
+        keys, values = behind_sinks(sinks["keys"], keys), behind_sinks(sinks["values"], values)
     batch, _, heads, width = q.shape
     rows, groups = keys.shape[1], keys.shape[2]
     q = ops.reshape(ops.transpose(q, (0, 2, 1, 3)), (batch, groups, -1, width))                 # [B, G, N / G * T, D]
@@ -62,11 +63,6 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
     width = values.shape[3]
     out = ops.transpose(ops.reshape(out, (batch, heads, -1, width)), (0, 2, 1, 3))
     return ops.reshape(out, (batch, -1, heads * width))
-
-
-def behind_sinks(rows, sinks):
-    """rows [B, S, G, D], sinks [S0, G, D] -> [B, S0 + S, G, D]: sinks are keys like any other, and come first."""
-    return ops.cat((ops.tile(ops.expand_dims(sinks, 0), (rows.shape[0], 1, 1, 1)), rows), 1)
 
 
 def _project(x, matrix):

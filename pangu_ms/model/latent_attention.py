@@ -1,12 +1,13 @@
-"""Multi-head latent attention with learned sinks and short convolutions; full, sliding-window or DSA (sections 4 to 6).
+"""Multi-head latent attention; full, sliding-window or DSA (sections 4 to 6), with or without learned sinks and short
+convolutions (without: section 5 of the family).
 
 Keys and values are kept as latent rows D = [kv_lora_rank | qk_rope_head_dim]: the normed latent, then the rotated key
 part that all heads share. `expanded_attention` multiplies every row out to keys and values of each head;
 `absorbed_attention` moves that product to the query and the output, so that rows are read as they lie in the cache, and
 each query may have its own. They are two forms of one function of
 
-    q [B, T, heads, nope + rope], rotated; sinks [S0, D], normed; keys [B, S, D]; visible bool [B, T, 1, S0 + S];
-    kv_b, a matrix [heads * (nope + value), latent] -> [B, T, heads * value]
+    q [B, T, heads, nope + rope], rotated; sinks [S0, D], normed, or None; keys [B, S, D];
+    visible bool [B, T, 1, S0 + S]; kv_b, a matrix [heads * (nope + value), latent] -> [B, T, heads * value]
 """
 import mindspore as ms
 from mindspore import nn, ops
@@ -19,6 +20,7 @@ from pangu_ms.model.linear import Linear, dense_weight, linear, parameter
 from pangu_ms.model.norm import RMSNorm, rms_norm
 from pangu_ms.model.rope import apply_rope
 from pangu_ms.model.short_conv import ShortConv, conv_with_taps
+from pangu_ms.model.sinks import behind_sinks, with_sinks
 from pangu_ms.parallel import collectives
 from pangu_ms.shaping import arange, part
 
@@ -63,7 +65,7 @@ def attention_output(q, sinks, keys, seen, weights, taps, step):
 
     q of `latent_query`; keys of `latent_keys`. seen: window, 0 for none, and either visible, bool [B, T, 1, S0 + S], or
     indices int32 [B, T, K], which the indexer has selected. sinks: latent [S0, latent] and k_pe [S0, rope], neither
-    convolved nor rotated, and the norm of the first. weights: kv_b and out, matrices; conv; heads; scale.
+    convolved nor rotated, and the norm of the first; or None. weights: kv_b and out, matrices; conv; heads; scale.
     """
     q = ops.reshape(q, (q.shape[0], -1, weights["heads"], q.shape[-1] // weights["heads"]))
     rows, kv_b, scale = sink_rows(sinks), weights["kv_b"], weights["scale"]
@@ -86,16 +88,10 @@ def latent_rows(latent, kv, norm, rope):
 
 
 def sink_rows(sinks):
-    """[S0, D]: normed like every latent row, never convolved, never rotated."""
+    """[S0, D]: normed like every latent row, never convolved, never rotated. None where there are none."""
+    if sinks is None:
+        return None
     return ops.cat((rms_norm(sinks["latent"], sinks["norm"]), sinks["k_pe"]), -1)
-
-
-def with_sinks(visible, sinks):
-    """bool [B, T, S] -> [B, T, 1, sinks + S]: the sinks, in front of the keys, are seen by every query."""
-    if sinks == 0:
-        return ops.expand_dims(visible, 2)
-    always = ops.ones(visible.shape[:2] + (sinks,), visible.dtype)
-    return ops.expand_dims(ops.cat((always, visible), 2), 2)
 
 
 @replaceable
@@ -104,7 +100,7 @@ def expanded_attention(q, sinks, keys, visible, kv_b, scale):
     up = dense_weight(kv_b)
     latent = up.shape[1]
     nope = width - (keys.shape[-1] - latent)
-    keys = ops.cat((ops.tile(ops.expand_dims(sinks, 0), (batch, 1, 1)), keys), 1)           # [B, S0 + S, D]
+    keys = behind_sinks(sinks, keys)                                            # [B, S0 + S, D]
     kv = ops.reshape(linear(keys[..., :latent], kv_b), (batch, -1, heads, up.shape[0] // heads))
     kv = ops.transpose(kv, (0, 2, 1, 3))                                        # [B, heads, S0 + S, nope + value]
     k_pe = ops.expand_dims(keys[..., latent:], 1)                               # [B, 1, S0 + S, rope]
@@ -126,7 +122,7 @@ def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
     up = ops.reshape(weight, (heads, -1, latent))                               # [heads, nope + value, latent]
     keys = ops.reshape(keys, (-1,) + keys.shape[-2:])                           # [G, S, D]: G = B or B * T
     groups = keys.shape[0]
-    keys = ops.cat((ops.tile(ops.expand_dims(sinks, 0), (groups, 1, 1)), keys), 1)
+    keys = behind_sinks(sinks, keys)
     score = ops.reshape(_latent_score(q, keys, up), (batch, -1, heads, keys.shape[1]))      # [B, T, heads, S0 + S]
     prob = ops.reshape(masked_softmax(score, visible, scale), (groups, -1, keys.shape[1]))
     out = ops.reshape(ops.matmul(prob, keys)[..., :latent], (batch, -1, heads, latent))
@@ -144,7 +140,7 @@ def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
     start = ops.reshape(arange(b) * s, (b, 1, 1))
     rows = ops.gather(ops.reshape(keys, (-1, d)), ops.cast(ops.maximum(indices, 0) + start, ms.int32), 0)
     counts = ops.logical_and(indices >= 0, indices <= ops.expand_dims(position, 2))
-    return absorbed_attention(q, sinks, rows, with_sinks(counts, sinks.shape[0]), kv_b, scale)
+    return absorbed_attention(q, sinks, rows, with_sinks(counts, 0 if sinks is None else sinks.shape[0]), kv_b, scale)
 
 
 def attention_mass(q, sinks, keys, visible, kv_b, scale):
@@ -154,7 +150,7 @@ def attention_mass(q, sinks, keys, visible, kv_b, scale):
     """
     batch, _, heads, _ = q.shape
     up = ops.reshape(dense_weight(kv_b), (heads, -1, dense_weight(kv_b).shape[1]))
-    keys = ops.cat((ops.tile(ops.expand_dims(sinks, 0), (batch, 1, 1)), keys), 1)
+    keys = behind_sinks(sinks, keys)
     score = ops.reshape(_latent_score(q, keys, up), (batch, -1, heads, keys.shape[1]))
     return ops.sum(ops.cast(masked_softmax(score, visible, scale), ms.float32), 2)[..., sinks.shape[0]:]
 
@@ -187,6 +183,7 @@ class LatentAttention(nn.Cell):
         self.heads, self.latent = attention.num_heads // ranks.tensor, attention.kv_lora_rank       # of this rank
         self.nope, self.window, self.sinks = attention.qk_nope_head_dim, attention.window or 0, attention.sinks
         self.scale, self.sparse = attention.qk_head_dim ** -0.5, attention.indexer is not None
+        self.convolved = attention.conv_width > 1
         self.sharded = ranks.tensor > 1
         hidden, q_rank, out = plan.hidden_size, attention.q_lora_rank, self.heads * attention.v_head_dim
         self.q_a_proj = Linear(hidden, q_rank, plan)
@@ -197,8 +194,12 @@ class LatentAttention(nn.Cell):
         self.compresskv_conv = ShortConv(self.latent, attention.conv_width, plan)
         self.kv_a_layernorm = RMSNorm(self.latent, plan)
         self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + attention.v_head_dim), plan)
-        self.param_sink_compressed_kv = parameter((self.sinks, self.latent), plan)
-        self.param_sink_k_pe = parameter((self.sinks, attention.qk_rope_head_dim), plan)
+        self.sink_weights = None
+        if self.sinks:
+            self.param_sink_compressed_kv = parameter((self.sinks, self.latent), plan)
+            self.param_sink_k_pe = parameter((self.sinks, attention.qk_rope_head_dim), plan)
+            self.sink_weights = {"latent": self.param_sink_compressed_kv, "k_pe": self.param_sink_k_pe,
+                                 "norm": self.kv_a_layernorm.handle}
         self.o_conv = ShortConv(out, attention.conv_width, plan)
         self.o_proj = Linear(out, hidden, plan)
         if self.sparse:
@@ -208,8 +209,6 @@ class LatentAttention(nn.Cell):
                               "norm": self.q_a_layernorm.handle, "up": self.q_b_proj.matrix, "heads": self.heads}
         self.row_weights = {"down": self.kv_a_proj_with_mqa.matrix, "conv": self.compresskv_conv.handle,
                             "norm": self.kv_a_layernorm.handle, "latent": self.latent}
-        self.sink_weights = {"latent": self.param_sink_compressed_kv, "k_pe": self.param_sink_k_pe,
-                             "norm": self.kv_a_layernorm.handle}
         self.output_weights = {"kv_b": self.kv_b_proj.matrix, "conv": self.o_conv.handle, "out": self.o_proj.matrix,
                                "heads": self.heads, "scale": self.scale}
 
@@ -218,11 +217,13 @@ class LatentAttention(nn.Cell):
 
         cache: None, or this layer's tensors by name (`plan.LatentAttention.cache_tensors`), updated in place.
         """
-        taps = {"q_taps": None, "kv_taps": None, "o_taps": None, "latent": None} if cache is None else cache
-        q_latent, q = latent_query(x, self.query_weights, taps["q_taps"], step, self.nope, self.copy)
-        keys = latent_keys(x, self.row_weights, taps["kv_taps"], taps["latent"], step, self.window)
+        q_taps, kv_taps, o_taps = None, None, None
+        if cache is not None and self.convolved:
+            q_taps, kv_taps, o_taps = cache["q_taps"], cache["kv_taps"], cache["o_taps"]
+        q_latent, q = latent_query(x, self.query_weights, q_taps, step, self.nope, self.copy)
+        keys = latent_keys(x, self.row_weights, kv_taps, None if cache is None else cache["latent"], step, self.window)
         keys, seen, index = self._look(x, q_latent, q, keys, cache, step)
-        y = attention_output(q, self._shared_sinks(), self.copy(keys), seen, self.output_weights, taps["o_taps"], step)
+        y = attention_output(q, self._shared_sinks(), self.copy(keys), seen, self.output_weights, o_taps, step)
         return self.reduce(y), index
 
     def _look(self, x, q_latent, q, keys, cache, step):
@@ -248,7 +249,7 @@ class LatentAttention(nn.Cell):
 
     def _shared_sinks(self):
         """`sink_weights`, whose gradients tensor parallel ranks sum: they have the same sinks and different heads."""
-        if not self.sharded:
+        if not self.sharded or self.sinks == 0:
             return self.sink_weights
         norm = self.sink_weights["norm"]
         return {"latent": self.copy(self.sink_weights["latent"]), "k_pe": self.copy(self.sink_weights["k_pe"]),

@@ -41,8 +41,9 @@ class LatentAttention:
 
     Attributes:
         window: keys that a query sees, its own included; None: all before it.
-        sinks: learned keys that every query sees.
-        conv_width: of the short convolutions at the query's and the rows' latent vectors and at the heads' outputs.
+        sinks: learned keys that every query sees; 0: none.
+        conv_width: of the short convolutions at the query's and the rows' latent vectors and at the heads' outputs. One
+            over a row alone changes nothing: there is none.
         indexer: None: the layer sees all that its window lets it.
     """
 
@@ -72,11 +73,10 @@ class LatentAttention:
 
     @property
     def cache_tensors(self) -> dict[str, CacheTensor]:
-        taps = self.conv_width - 1
-        found = {"latent": CacheTensor(self.row_width, self.window),
-                 "q_taps": CacheTensor(self.q_lora_rank, taps),
-                 "kv_taps": CacheTensor(self.kv_lora_rank, taps),
-                 "o_taps": CacheTensor(self.num_heads * self.v_head_dim, taps, by_head=True)}
+        found, taps = {"latent": CacheTensor(self.row_width, self.window)}, self.conv_width - 1
+        if taps:
+            found |= {"q_taps": CacheTensor(self.q_lora_rank, taps), "kv_taps": CacheTensor(self.kv_lora_rank, taps),
+                      "o_taps": CacheTensor(self.num_heads * self.v_head_dim, taps, by_head=True)}
         if self.indexer:
             found["index_keys"] = CacheTensor(self.indexer.head_dim, None)
         return found
@@ -96,7 +96,6 @@ class GroupedQueryAttention:
         key_norm: each key head is normed, before its rotation.
         sinks: learned keys that every query sees; normed as the others, and not rotated.
         sink_values: these have learned values too; otherwise zeros.
-        conv_width: of short convolutions. One over a row alone changes nothing: there is none.
     """
 
     num_heads: int

@@ -30,9 +30,11 @@ def conv_with_taps(x, conv, taps, step):
     one-token prompt and in every chunk of a prefill, and it keeps documents apart that are packed into one row.
 
     Args:
-        conv: the handle of a `ShortConv`.
+        conv: the handle of a `ShortConv`; None: x is given back.
         taps: ring of the last inputs [B * R, C], updated in place; None without a cache: zeros, which the rule hides.
     """
+    if conv is None:
+        return x
     weight = conv["weight"]
     if taps is None:
         past = ops.zeros((x.shape[0], weight.shape[2] - 1, x.shape[2]), x.dtype)
@@ -42,9 +44,11 @@ def conv_with_taps(x, conv, taps, step):
 
 
 class ShortConv(nn.Cell):
-    """The weight [C, 1, k] of one site, which the attention's formulas apply."""
+    """The weight [C, 1, k] of one site, which the attention's formulas apply; of width 1 there is none."""
 
     def __init__(self, channels, width, plan):
         super().__init__()
-        self.weight = parameter((channels, 1, width), plan)
-        self.handle = {"weight": self.weight}
+        self.handle = None
+        if width > 1:
+            self.weight = parameter((channels, 1, width), plan)
+            self.handle = {"weight": self.weight}

@@ -7,8 +7,8 @@ may see.
 from mindspore import nn, ops
 
 from pangu_ms.cache.rings import in_ring, ring_slots
-from pangu_ms.model.latent_attention import with_sinks
 from pangu_ms.model.rope import RotaryAngles
+from pangu_ms.model.sinks import with_sinks
 from pangu_ms.shaping import arange, part
 
 

@@ -42,6 +42,12 @@ def test_what_follows_from_the_config_is_counted_apart(data, name, computed):
     assert found.pop("computed", None) == computed and found == count["components"] and report["fits"]
 
 
+def test_the_mtp_layer_of_ultra_is_counted_apart(data):
+    report, count = inspect(data / "ultra_moe"), read_config(data / "ultra_moe").parameter_count()
+    found = {name: fields["parameters"] for name, fields in report["components"].items()}
+    assert found == count["components"] | {"mtp": count["mtp"]} and report["fits"]
+
+
 def test_values(data, tmp_path):
     config = generate.config(data)
     found = generate.tensors(config, "float32")

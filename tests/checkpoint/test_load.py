@@ -195,6 +195,14 @@ def test_mtp_layers_that_are_not_there(data, tmp_path):
     assert "says num_nextn_predict_layers 3, 2 of these layers are not there: set it to 1" in refusal(tmp_path, config)
 
 
+def test_mtp_layers_that_the_config_does_not_speak_of(data, tmp_path):
+    config = read_config(data / "ultra_moe")
+    found = generate.tensors(config, "float32")
+    generate.write(tmp_path, dataclasses.replace(config, num_mtp_layers=0), found)
+    assert "says num_mtp_layers 0, the checkpoint holds 1 MTP layers: set it to 1" in refusal(
+        tmp_path, read_config(tmp_path))
+
+
 def test_nothing_but_the_known_tables_of_embedded_is_dropped(data, tmp_path):
     config = read_config(data / "embedded_tied")
     found = generate.tensors(config, "float32")

@@ -51,22 +51,22 @@ def test_the_network_makes_these_products(small, monkeypatch):
     assert made == [products(case, calls) for calls in steps]
 
 
-@pytest.mark.parametrize("name", ["embedded", "embedded_tied", "pro_moe", "pro_moe_v2"])
-def test_a_network_of_grouped_queries_makes_these_products(model, monkeypatch, name):
-    """Without a cache, a prefill, a chunk behind it, and decoding."""
+@pytest.mark.parametrize("name", ["embedded", "embedded_tied", "pro_moe", "pro_moe_v2", "ultra_moe"])
+def test_networks_of_growing_tensors_make_these_products(model, monkeypatch, name):
+    """Without a cache, a prefill, a chunk behind it, and decoding: of grouped queries, and of latent rows alone."""
     from pangu_ms.generation.engine import Engine
     monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")
-    embedded, ids, made = model(name), np.arange(48).reshape(2, 24).astype(np.int32), []
-    engine = Engine(embedded, batch=2, capacity=32)
+    network, ids, made = model(name), np.arange(48).reshape(2, 24).astype(np.int32), []
+    engine = Engine(network, batch=2, capacity=32)
     with counted(monkeypatch) as found:
-        for run in (lambda: embedded(ids), lambda: engine.prefill(ids[:, :4]), lambda: engine.prefill(ids[:, 4:]),
+        for run in (lambda: network(ids), lambda: engine.prefill(ids[:, :4]), lambda: engine.prefill(ids[:, 4:]),
                     lambda: engine.decode(ids[:, :1])):
             found["flops"] = 0
             run()
             made.append(found["flops"])
-    case = Case(embedded.config, Ranks(), Work("infer", 32, 2, "float32"))
+    case = Case(network.config, Ranks(), Work("infer", 32, 2, "float32"))
     steps = [Calls([24], 0), Calls([4], 0, 32), Calls([20], 4, 32), Calls([1], 24, 32, decode=True)]
-    assert made == [round(products(case, calls)) for calls in steps]            # of ten experts each has a tenth
+    assert made == pytest.approx([products(case, calls) for calls in steps], rel=1e-12)
 
 
 @pytest.mark.parametrize("past,rows,reach", [(0, 9, None), (0, 9, 4), (3, 9, 4), (7, 1, 4), (2, 1, 4), (5, 3, 100)])

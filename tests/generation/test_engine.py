@@ -23,13 +23,13 @@ def test_chunked_prefill(model, golden, name, chunk):
 
 @pytest.mark.parametrize("name", ["embedded", "pro_moe_v2"])
 @pytest.mark.parametrize("prompt", [1, 2, 24])
-def test_grouped_queries(model, golden, name, prompt):
+def test_growing_tensors(model, golden, name, prompt):
     check(Engine(model(name), capacity=4), golden(name, "T24"), prompt, chunk=512)
 
 
 @pytest.mark.parametrize("name, chunk", [
-    *[(name, chunk) for name in ("embedded_tied", "pro_moe_v2") for chunk in (1, 7, 16)], ("pro_moe", 16)])
-def test_grouped_queries_of_a_batch_in_chunks(model, golden, name, chunk):
+    *[(name, chunk) for name in ("embedded_tied", "pro_moe_v2", "ultra_moe") for chunk in (1, 7, 16)], ("pro_moe", 16)])
+def test_growing_tensors_of_a_batch_in_chunks(model, golden, name, chunk):
     check(Engine(model(name), batch=2, capacity=16), golden(name, "T40_B2"), 37, chunk)
 
 

@@ -62,7 +62,8 @@ def close(found, wanted, all_of_them):
 
 
 @pytest.mark.slow
-def test_the_same_text_and_drafts(model, fixed, monkeypatch):
+@pytest.mark.parametrize("name", ["tiny", "ultra_moe"])
+def test_the_same_text_and_drafts(model, fixed, monkeypatch, name):
     made, draft = [], Engine.draft
 
     def recorded(self, texts):
@@ -71,11 +72,11 @@ def test_the_same_text_and_drafts(model, fixed, monkeypatch):
         return found
     monkeypatch.setattr(Engine, "draft", recorded)
     options = dict(num_draft_tokens=3, eos_token_ids=(), prefill_chunk=CHUNK)
-    wanted = [generate(model("tiny"), prompt, NEW_TOKENS, **options) for prompt in PROMPTS]
+    wanted = [generate(model(name), prompt, NEW_TOKENS, **options) for prompt in PROMPTS]
     drafts_wanted = made[:]
     made.clear()
     fixed()
-    assert [generate(model("tiny"), prompt, NEW_TOKENS, **options) for prompt in PROMPTS] == wanted
+    assert [generate(model(name), prompt, NEW_TOKENS, **options) for prompt in PROMPTS] == wanted
     assert made == drafts_wanted
 
 

@@ -13,19 +13,22 @@ TOLERANCE = 2e-5
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    """Greedy text without drafts, of tiny by default, by prompt."""
+    """Greedy text without drafts, by prompt."""
     texts = {}
 
     def text(prompt, name="tiny"):
-        if (name, *prompt) not in texts:
-            texts[name, *prompt] = generate(model(name), prompt, NEW_TOKENS, eos_token_ids=())
-        return texts[name, *prompt]
+        key = (name, *prompt)
+        if key not in texts:
+            texts[key] = generate(model(name), prompt, NEW_TOKENS, eos_token_ids=())
+        return texts[key]
     return text
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, drafts", [("tiny", 1), ("tiny", 3), ("tiny", 5), ("pro_moe_v2", 2)])
+@pytest.mark.parametrize("name, drafts", [("tiny", 1), ("tiny", 3), ("tiny", 5), ("pro_moe_v2", 2), ("ultra_moe", 1),
+                                          ("ultra_moe", 3)])
 def test_drafts_do_not_change_greedy_text(model, greedy, name, drafts):
+    """Of MTP layers with windows, and of one that sees the whole context."""
     for prompt in PROMPTS:
         responses = list(stream_generate(model(name), prompt, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=()))
         assert [response.token_id for response in responses] == greedy(prompt, name)
@@ -34,10 +37,10 @@ def test_drafts_do_not_change_greedy_text(model, greedy, name, drafts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafts", [0, 3])
-def test_a_batch_gives_what_each_prompt_gives_alone(model, greedy, drafts):
-    found = generate_batch(model("tiny"), PROMPTS, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=())
-    assert found == [greedy(prompt) for prompt in PROMPTS]
+@pytest.mark.parametrize("name, drafts", [("tiny", 0), ("tiny", 3), ("ultra_moe", 3)])
+def test_a_batch_gives_what_each_prompt_gives_alone(model, greedy, name, drafts):
+    found = generate_batch(model(name), PROMPTS, NEW_TOKENS, num_draft_tokens=drafts, eos_token_ids=())
+    assert found == [greedy(prompt, name) for prompt in PROMPTS]
 
 
 @pytest.mark.slow
@@ -53,19 +56,20 @@ def test_one_sequence_of_a_batch_may_end_early(model, greedy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, file, acceptances", [
-    ("tiny", "T64", (0, 3, 1, 0, 3, 3, 2, 0)), ("pro_moe_v2", "T40_B2", (0, 2, 1, 0, 2, 2, 1, 0))])
+    ("tiny", "T64", (0, 3, 1, 0, 3, 3, 2, 0)), ("pro_moe_v2", "T40_B2", (0, 2, 1, 0, 2, 2, 1, 0)),
+    ("ultra_moe", "T40_B2", (0, 3, 1, 0, 3, 3, 2, 0))])
 def test_drafts_are_those_of_the_full_forward(model, golden, name, file, acceptances):
     """The chain of MTP layers on the same history, after accepted drafts (the true next ones, put in) and rejected."""
     text = golden(name, file)["ids"][0].tolist()
-    after = [0] * len(text)  # one length of full forwards, which do not look ahead: one graph
+    after = [0] * 64  # one length of full forwards, which do not look ahead: one graph
     engine = Engine(model(name), num_draft_tokens=max(acceptances))
     length = 20  # known tokens; all but the last are in the cache
     engine.prefill(np.array([text[:length - 1]], np.int32))
     for kept in acceptances:
         drafts, logits = engine.draft([text[:length]])
-        full = model(name).mtp_logits(np.array([(text[:length] + drafts[0].tolist() + after)[:len(text)]], np.int32))
-        for depth in range(1, len(full) + 1):
-            wanted = full[depth - 1].asnumpy()[0, length - 2]
+        full = model(name).mtp_logits(np.array([(text[:length] + drafts[0].tolist() + after)[:64]], np.int32))
+        for depth, logits_of_all in enumerate(full, 1):
+            wanted = logits_of_all.asnumpy()[0, length - 2]
             found = logits.asnumpy()[0, depth - 1]
             assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
             assert drafts[0, depth - 1] == wanted.argmax()

@@ -13,6 +13,7 @@ from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 from pangu_ms.architectures.pangu_pro_moe import PanguProMoEConfig
 from pangu_ms.architectures.pangu_pro_moe_v2 import PanguProMoEV2Config
+from pangu_ms.architectures.pangu_ultra_moe import PanguUltraMoEConfig
 
 CONFIG = PanguConfig.flash_92b(
     compute_dtype="bfloat16", num_hidden_layers=2, num_nextn_predict_layers=1, first_k_dense_replace=1,
@@ -99,6 +100,21 @@ def test_steps_of_grouped_queries(on_ascend, inferred_graph, config, length, pri
     assert not any("-1" in shape for shape in shapes)
     copied = (2, 1024, config.num_attention_heads, config.plan.layers[0].attention.head_dim)    # for each query head
     assert f"2, 1, {config.vocab_size}" in shapes and ", ".join(map(str, copied)) not in shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drafting", [False, True])
+def test_steps_of_ultra(on_ascend, inferred_graph, drafting):
+    """At the widths of Ultra MoE 718B, one layer with experts and the MTP layer, which sees the whole context."""
+    from pangu_ms import PanguForCausalLM
+    from pangu_ms.generation.steps import Draft, Step
+    with no_init_parameters():
+        network = PanguForCausalLM(PanguUltraMoEConfig.ultra_moe_718b(
+            compute_dtype="bfloat16", num_hidden_layers=1, num_dense_layers=0))
+    step = Draft(network, 1, 2, 1024) if drafting else Step(network, 1, None, False, True, CHUNK, 1024)
+    found, shapes = inferred_graph(step, *step.get_inputs())
+    assert (ALWAYS if drafting else MANY_ROWS) <= found
+    assert not any("-1" in shape for shape in shapes)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ GOLDEN = [("tiny", "T5"), ("tiny", "T24"), ("tiny", "T64"), ("tiny", "T40_B2"),
           ("tiny_full", "T5"), ("tiny_full", "T24"), ("tiny_full", "T64"),
           ("odd", "T5"), ("odd", "T24"), ("odd", "T64"), ("odd", "T24_B2"),
           ("eps", "T5"), ("eps", "T24"), ("eps", "T64"),
-          *[(name, file) for name in ("embedded", "embedded_tied", "pro_moe", "pro_moe_v2")
+          *[(name, file) for name in ("embedded", "embedded_tied", "pro_moe", "pro_moe_v2", "ultra_moe")
             for file in ("T5", "T24", "T40_B2")]]
 
 
@@ -26,7 +26,7 @@ def test_every_piece_agrees(model, golden, name, file):
 
 
 @pytest.mark.parametrize("name, file", [("embedded", "T24"), ("embedded_tied", "T40_B2"), ("pro_moe", "T24"),
-                                        ("pro_moe_v2", "T24")])
+                                        ("pro_moe_v2", "T24"), ("ultra_moe", "T24")])
 def test_formulas_agree_where_no_operator_is_compiled(data, golden, name, file, monkeypatch):
     monkeypatch.setenv("PANGU_MS_COMPILED_OPS", "0")
     wanted = golden(name, file)
@@ -63,6 +63,15 @@ def test_config_decides_what_the_first_depth_reads(data, golden, tmp_path):
     wanted = golden("tiny", "T5")
     found = PanguForCausalLM.from_pretrained(tmp_path).mtp_logits(wanted["ids"])[0].asnumpy()
     assert np.abs(found - wanted["mtp1_logits"]).max() > 0.1
+
+
+def test_the_first_depth_of_ultra_may_read_what_is_not_normed(data, golden, tmp_path):
+    fields = json.loads((data / "ultra_moe" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"mtp_hidden": "merged"}))
+    shutil.copy(data / "ultra_moe" / "model.safetensors", tmp_path)
+    wanted = golden("ultra_moe", "T5")
+    found = PanguForCausalLM.from_pretrained(tmp_path).mtp_logits(wanted["ids"])[0].asnumpy()
+    close(found, wanted["mtp1_logits_raw"])
 
 
 def close(found, wanted):

@@ -21,6 +21,15 @@ def matrix(weight):
     return {"weight": weight}
 
 
+def conv_of(weight):
+    return None if weight is None else {"weight": weight}
+
+
+def rows_of(taps, batch):
+    """Of the ring of a convolution, for one sequence; None without one."""
+    return None if taps is None else taps.shape[0] // batch
+
+
 def normed(weight, eps):
     return {"weight": weight, "eps": eps}
 
@@ -135,10 +144,10 @@ def identity(x):
 
 def latent_query(x, down, taps, conv_weight, weight, up, position, cos, sin, nope, eps,
                  interleaved=False):
-    weights = {"down": matrix(down), "conv": matrix(conv_weight), "norm": normed(weight, eps), "up": matrix(up),
+    weights = {"down": matrix(down), "conv": conv_of(conv_weight), "norm": normed(weight, eps), "up": matrix(up),
                "heads": up.shape[0] // (nope + 2 * cos.shape[-1])}
-    info = step(position, cos, sin, slack_taps=taps.shape[0] // x.shape[0], width=conv_weight.shape[2],
-                interleaved=interleaved)
+    info = step(position, cos, sin, slack_taps=rows_of(taps, x.shape[0]),
+                width=1 if conv_weight is None else conv_weight.shape[2], interleaved=interleaved)
     return mla.latent_query(x, weights, taps, info, nope, identity)
 
 
@@ -159,13 +168,15 @@ def attend_sparse(x, down, row_taps, row_conv, weight, kept, position, cos, sin,
 def _attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, latent, k_pe, kv_b, out_taps, out_conv,
             out, heads, window, scale, eps, indices, interleaved):
     batch = x.shape[0]
-    info = step(position, cos, sin, kept.shape[0] // batch, row_taps.shape[0] // batch, row_conv.shape[2], window,
-                kept.shape[0] // batch, latent.shape[0], interleaved)
-    rows = {"down": matrix(down), "conv": matrix(row_conv), "norm": normed(weight, eps), "latent": weight.shape[0]}
+    info = step(position, cos, sin, kept.shape[0] // batch, rows_of(row_taps, batch),
+                1 if row_conv is None else row_conv.shape[2], window, kept.shape[0] // batch,
+                0 if latent is None else latent.shape[0], interleaved)
+    rows = {"down": matrix(down), "conv": conv_of(row_conv), "norm": normed(weight, eps), "latent": weight.shape[0]}
     keys = mla.latent_keys(x, rows, row_taps, kept, info, window)
-    sinks = {"latent": latent, "k_pe": k_pe, "norm": normed(weight, eps)}
-    weights = {"kv_b": matrix(kv_b), "conv": matrix(out_conv), "out": matrix(out), "heads": heads, "scale": scale}
-    info["taps"] = rings.ring_slots(position, out_taps.shape[0] // batch, True)
+    sinks = None if latent is None else {"latent": latent, "k_pe": k_pe, "norm": normed(weight, eps)}
+    weights = {"kv_b": matrix(kv_b), "conv": conv_of(out_conv), "out": matrix(out), "heads": heads, "scale": scale}
+    if out_taps is not None:
+        info["taps"] = rings.ring_slots(position, out_taps.shape[0] // batch, True)
     seen = {"window": window, "visible": info["visible"][window]}
     if indices is not None:
         seen = {"window": window, "indices": indices}

@@ -55,8 +55,8 @@ def causal(batch, length, sinks, keys, window):
 def attention(batch, length, keys, per_query=False, heads=3, nope=6, rope=4, value=5, latent=21, sinks=3, window=9):
     rows = (batch, length, keys) if per_query else (batch, keys)
     seen = mask(batch, length, 1, sinks + keys) if per_query else causal(batch, length, sinks, keys, window)
-    return (normal(batch, length, heads, nope + rope), normal(sinks, latent + rope), normal(*rows, latent + rope), seen,
-            normal(heads * (nope + value), latent), 0.3)
+    return (normal(batch, length, heads, nope + rope), normal(sinks, latent + rope) if sinks else None,
+            normal(*rows, latent + rope), seen, normal(heads * (nope + value), latent), 0.3)
 
 
 def grouped(batch, length, keys, heads=6, groups=2, width=8, value=8, sinks=0):
@@ -138,10 +138,10 @@ CASES = [
     *[("grouped_attention_with_sinks", lambda t=t: grouped(2, t, 30, value=5, sinks=3)) for t in (2, 9)],
     *[("absorbed_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
         ((1, 1, 40), {}), ((2, 1, 7), {}), ((2, 5, 30), {}), ((2, 5, 12), {"per_query": True}),
-        ((1, 3, 20), {"heads": 19, "latent": 32})]],
+        ((1, 3, 20), {"heads": 19, "latent": 32}), ((2, 3, 20), {"sinks": 0})]],
     *[("expanded_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
         ((1, 1, 1), {}), ((2, 5, 9), {}), ((1, 150, 170), {}), ((2, 70, 70), {"window": 99, "sinks": 16}),
-        ((1, 80, 80), {"value": 20, "sinks": 17, "window": 20})]],
+        ((1, 80, 80), {"value": 20, "sinks": 17, "window": 20}), ((2, 70, 70), {"sinks": 0})]],
 ]
 
 

@@ -10,6 +10,7 @@ from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
 from pangu_ms.architectures.pangu_pro_moe import PanguProMoEConfig
 from pangu_ms.architectures.pangu_pro_moe_v2 import PanguProMoEV2Config
+from pangu_ms.architectures.pangu_ultra_moe import PanguUltraMoEConfig
 from pangu_ms.architectures.tensors import parameters
 from tests import launch
 
@@ -35,6 +36,11 @@ MIXED = PanguProMoEConfig(
     vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=12,
     num_experts_per_tok=4, moe_intermediate_size=16, shared_expert_intermediate_size=24, rope_theta=1e4,
     max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+LATENT = PanguUltraMoEConfig(
+    vocab_size=96, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=1,
+    num_dense_layers=0, num_attention_heads=4, attention_q_lora_dim=24, attention_kv_lora_dim=16, attention_qk_dim=8,
+    attention_qk_rope_dim=8, attention_v_dim=8, num_routed_experts=8, num_experts_per_tok=3, rope_theta=1e4,
+    max_position_embeddings=256)
 
 # 194 MB, of which each of four ranks takes 86: enough to be measured.
 LARGE = dataclasses.replace(CONFIG, vocab_size=32768, hidden_size=512, moe_intermediate_size=512)
@@ -45,7 +51,7 @@ def checkpoint(tmp_path_factory):
     """The directory of a model of CONFIG with random weights; in it a directory for each of the others."""
     directory, random = tmp_path_factory.mktemp("model"), np.random.default_rng(3)
     for config, place in ((CONFIG, directory), (GROUPED, directory / "grouped"), (FUSED, directory / "fused"),
-                          (MIXED, directory / "mixed")):
+                          (MIXED, directory / "mixed"), (LATENT, directory / "latent")):
         config.save_pretrained(place)
         tensors = {}
         for name, parameter in parameters(config).items():

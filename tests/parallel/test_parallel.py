@@ -20,7 +20,7 @@ WORKER = Path(worker.__file__)
 # Folder of the checkpoint, ranks, what they compute.
 CASES = {"tensor and expert": ("", (2, 2, 1), ("memory", "train", "drafting")),
          "grouped queries": ("grouped", (2, 1, 1), ("grouped",)), "grouped experts": ("mixed", (1, 2, 1), ("grouped",)),
-         "fused": ("fused", (2, 1, 1), ("train", "drafting"))}
+         "fused": ("fused", (2, 1, 1), ("train", "drafting")), "latent": ("latent", (2, 1, 1), ("train", "drafting"))}
 
 
 def whole(what, checkpoint):

@@ -60,8 +60,9 @@ def train(directory, ranks):
     """
     ranks = replace(ranks or Ranks(), batch_sharded=True)
     model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
+    biased = any(layer.moe and layer.feed_forward.selection_bias for layer in model.plan.layers)
     settings = TrainingSettings(indexer_loss="sparse" if model.plan.indexer else "off", balance_loss_coeff=0.01,
-                                z_loss_coeff=0.01, router_bias_update_rate=0.01)
+                                z_loss_coeff=0.01, router_bias_update_rate=0.01 if biased else 0.0)
     ids = token_ids(model.config)
     position = np.tile(np.r_[:15, :LENGTH - 15].astype(np.int32), (BATCH, 1))   # two documents in each row
     mask = np.ones(ids.shape, np.float32)

@@ -7,9 +7,9 @@ import mindspore as ms
 from mindspore import ops
 
 from pangu_ms.model import grouped_query_attention, indexer, latent_attention
-from pangu_ms.model.grouped_query_attention import behind_sinks
 from pangu_ms.model.latent_attention import by_head
 from pangu_ms.model.linear import dense_weight, linear
+from pangu_ms.model.sinks import behind_sinks
 
 INDEX_HEADS = 64                # lightning_indexer takes so many, of width 128, and selects at most 2048 rows
 SPARSE_ROWS = 2048              # sparse_flash_attention takes so many for a query, of width 512 + 64,
@@ -39,7 +39,7 @@ def expanded_attention(q, sinks, keys, visible, kv_b, scale):
     value = up.shape[0] // heads - nope
     if not _flash_takes(width, value, q.dtype):
         return _expanded_attention(q, sinks, keys, visible, kv_b, scale)
-    keys = ops.cat((ops.tile(ops.expand_dims(sinks, 0), (batch, 1, 1)), keys), 1)       # [B, S0 + S, D]
+    keys = behind_sinks(sinks, keys)                                        # [B, S0 + S, D]
     kv = ops.reshape(linear(keys[..., :latent], kv_b), (batch, -1, heads, nope + value))
     k_pe = ops.tile(ops.expand_dims(keys[..., latent:], 2), (1, 1, heads, 1))
     key = ops.cat((kv[..., :nope], k_pe), -1)                               # [B, S0 + S, heads, nope + rope]
@@ -52,7 +52,7 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
     if not _flash_takes(q.shape[3], value, q.dtype):
         return _grouped_attention(q, keys, values, visible, scale, sinks)
     if sinks is not None:
-        keys, values = behind_sinks(keys, sinks["keys"]), behind_sinks(values, sinks["values"])
+        keys, values = behind_sinks(sinks["keys"], keys), behind_sinks(sinks["values"], values)
     return ops.reshape(_flash(q, keys, values, visible, scale), (batch, -1, q.shape[2] * value))
 
 
@@ -85,7 +85,7 @@ def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
     batch, places, row = keys.shape
     weight = dense_weight(kv_b)
     latent = weight.shape[1]
-    if length * indices.shape[2] <= places or not _sparse_takes(heads, latent, row - latent, indices.shape[2],
+    if sinks is None or length * indices.shape[2] <= places or not _sparse_takes(heads, latent, row - latent, indices.shape[2],
                                                                q.dtype):
         return _sparse_attention(q, sinks, keys, indices, position, kv_b, scale)
     nope = width - (row - latent)

@@ -28,13 +28,13 @@ inline void add(float part, const float* from, int64_t n, float* to) {
     for (int64_t i = 0; i < n; i++) to[i] += part * from[i];
 }
 
-// q [B, T, heads, nope + rope], sinks [S0, D], keys [..., D] for each sequence or each query,
+// q [B, T, heads, nope + rope], sinks [S0, D] or absent, keys [..., D] for each sequence or each query,
 // visible bool [B, T, 1, S0 + S], kv_b [heads * (nope + value), latent], scale -> [B, T, heads * value]
 // D = latent + rope
 OPERATOR(AbsorbedAttention) {
     const int64_t batch = call.dim(0, 0), length = call.dim(0, 1), heads = call.dim(0, 2), head_dim = call.dim(0, 3),
-                  sinks = call.dim(1, 0), dim = call.dim(1, 1), latent = call.dim(4, 1), total = call.dim(3, 3),
-                  own = total - sinks, rope = dim - latent, nope = head_dim - rope,
+                  sinks = call.absent(1) ? 0 : call.dim(1, 0), dim = call.dim(2, -1), latent = call.dim(4, 1),
+                  total = call.dim(3, 3), own = total - sinks, rope = dim - latent, nope = head_dim - rope,
                   value = call.dim(4, 0) / heads - nope, groups = call.size(2) / (own * dim);
     const float *q = call.floats(0), *sink = call.floats(1), *keys = call.floats(2), *kv_b = call.floats(4),
                 scale = call.real(5);
@@ -90,16 +90,16 @@ OPERATOR(AbsorbedAttention) {
 }
 
 ONE_SHAPE(AbsorbedAttention) {
-    if (ndims[0] != 4) return {-2};
-    const int64_t *q = shapes[0], heads = q[2], rope = shapes[1][1] - shapes[4][1];
+    if (ndims[0] != 4 || ndims[2] < 3) return {-2};
+    const int64_t *q = shapes[0], heads = q[2], rope = shapes[2][ndims[2] - 1] - shapes[4][1];
     return {q[0], q[1], shapes[4][0] - heads * (q[3] - rope)};
 }
 
 // The arguments of AbsorbedAttention, but keys [B, S, D]: every row is multiplied out to the keys and values of a head.
 OPERATOR(ExpandedAttention) {
     const int64_t batch = call.dim(0, 0), length = call.dim(0, 1), heads = call.dim(0, 2), head_dim = call.dim(0, 3),
-                  sinks = call.dim(1, 0), dim = call.dim(1, 1), latent = call.dim(4, 1), total = call.dim(3, 3),
-                  own = total - sinks, rope = dim - latent, nope = head_dim - rope,
+                  sinks = call.absent(1) ? 0 : call.dim(1, 0), dim = call.dim(2, -1), latent = call.dim(4, 1),
+                  total = call.dim(3, 3), own = total - sinks, rope = dim - latent, nope = head_dim - rope,
                   value = call.dim(4, 0) / heads - nope, panels = panels_of(total), wide = panels * LANES,
                   columns = panels_of(value), blocks = (length + QUERIES - 1) / QUERIES;
     const float *q = call.floats(0), *sink = call.floats(1), *keys = call.floats(2), *kv_b = call.floats(4),

@@ -74,9 +74,9 @@ static void queries_gradient(const Head& h, int64_t first, int64_t count, const 
 // The arguments of ExpandedAttention, dy [B, T, heads * value] -> dq, dsinks, dkeys, dkv_b
 OPERATOR(ExpandedAttentionGradient) {
     const int64_t batch = call.dim(0, 0), length = call.dim(0, 1), heads = call.dim(0, 2), head_dim = call.dim(0, 3),
-                  sinks = call.dim(1, 0), dim = call.dim(1, 1), latent = call.dim(4, 1), total = call.dim(3, 3),
-                  own = total - sinks, rope = dim - latent, nope = head_dim - rope, each = call.dim(4, 0) / heads,
-                  value = each - nope, wide = heads * each;
+                  sinks = call.absent(1) ? 0 : call.dim(1, 0), dim = call.dim(2, -1), latent = call.dim(4, 1),
+                  total = call.dim(3, 3), own = total - sinks, rope = dim - latent, nope = head_dim - rope,
+                  each = call.dim(4, 0) / heads, value = each - nope, wide = heads * each;
     const float *q = call.floats(0), *sink = call.floats(1), *keys = call.floats(2), *kv_b = call.floats(4),
                 scale = call.real(5), *dy = call.floats(6);
     const bool* visible = call.bools(3);
@@ -125,7 +125,7 @@ OPERATOR(ExpandedAttentionGradient) {
             sum = 0;
             for (int64_t head = 0; head < heads; head++) sum += drope[(s * heads + head) * rope + i];
         }
-    std::fill(dsinks, dsinks + sinks * dim, 0.0f);
+    std::fill(dsinks, dsinks + call.size(1), 0.0f);
     for (int64_t b = 0; b < batch; b++) {
         const float* from = drows + b * total * dim;
         for (int64_t i = 0; i < sinks * dim; i++) dsinks[i] += from[i];

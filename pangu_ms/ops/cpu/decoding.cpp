@@ -11,8 +11,8 @@
 #include "router.h"
 #include "threads.h"
 
-// x [B, T, H], down [Q, H], ring [B * R, Q], conv [Q, 1, k], norm [Q], up [heads * D, Q], position, cos, sin, nope, eps,
-// interleaved -> q_latent [B, T, Q], q [B, T, heads * D]
+// x [B, T, H], down [Q, H], ring [B * R, Q], conv [Q, 1, k], norm [Q], up [heads * D, Q], position, cos, sin, nope,
+// eps, interleaved -> q_latent [B, T, Q], q [B, T, heads * D]
 OPERATOR(DecodingQuery) {
     const Tokens tokens = tokens_of(call, 6);
     const Angles angles = angles_of(call, 7, *call.bools(11));
@@ -20,7 +20,7 @@ OPERATOR(DecodingQuery) {
                   head = nope + 2 * angles.half, rows = tokens.count();
     float *in = scratch(COMPOSED_OWN, 2 * rows * rank), *latent = call.floats(12), *q = call.floats(13);
     linear(call.floats(0), call.floats(1), rows, hidden, rank, in);
-    ring_conv(call, 2, tokens, in, rank, in + rows * rank);
+    ring_conv(call, 2, tokens, in, rank, rank, in + rows * rank);
     for (int64_t row = 0; row < rows; row++)
         rms_norm(in + (rows + row) * rank, call.floats(4), call.real(10), rank, latent + row * rank);
     linear(latent, call.floats(5), rows, rank, width, q);
@@ -32,17 +32,17 @@ MANY_SHAPES(DecodingQuery) {
     return {{shapes[0][0], shapes[0][1], shapes[1][0]}, {shapes[0][0], shapes[0][1], shapes[5][0]}};
 }
 
-// x [B, T, H], down [L + P, H], ring [B * R, L], conv [L, 1, k], norm [L], kept [B * S, L + P], position, cos, sin, eps,
-// interleaved -> the latent rows [B, T, L + P], which `kept` then holds
+// x [B, T, H], down [L + P, H], ring [B * R, L], conv [L, 1, k], norm [L], kept [B * S, L + P], position, cos, sin,
+// eps, interleaved -> the latent rows [B, T, L + P], which `kept` then holds
 OPERATOR(DecodingRow) {
     const Tokens tokens = tokens_of(call, 6);
     const Angles angles = angles_of(call, 7, *call.bools(10));
-    const int64_t hidden = call.dim(1, 1), width = call.dim(1, 0), latent = call.dim(2, 1), rows = tokens.count(),
+    const int64_t hidden = call.dim(1, 1), width = call.dim(1, 0), latent = call.size(4), rows = tokens.count(),
                   places = call.dim(5, 0) / tokens.batch;
     float *kv = scratch(COMPOSED_OWN, rows * (width + latent)), *mixed = kv + rows * width, *kept = call.floats(5),
           *y = call.floats(11);
     linear(call.floats(0), call.floats(1), rows, hidden, width, kv);
-    ring_conv(call, 2, tokens, kv, width, mixed);
+    ring_conv(call, 2, tokens, kv, width, latent, mixed);
     for (int64_t row = 0; row < rows; row++) {
         rms_norm(mixed + row * latent, call.floats(4), call.real(9), latent, y + row * width);
         angles.apply(row, kv + row * width + latent, y + row * width + latent);

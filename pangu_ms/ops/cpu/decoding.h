@@ -37,11 +37,17 @@ inline Angles angles_of(const Call& call, int i, bool interleaved) {
 }
 
 // The short convolution of x, whose rows are `stride` apart, and of the ring's rows before it -> y [B * T, C]; then the
-// ring holds x. ring is input `i` of the call, the weight [C, 1, k] input i + 1.
-inline void ring_conv(const Call& call, int i, const Tokens& tokens, const float* x, int64_t stride, float* y) {
+// ring holds x. ring is input `i` of the call, the weight [C, 1, k] input i + 1; where both are absent y is x.
+inline void ring_conv(const Call& call, int i, const Tokens& tokens, const float* x, int64_t stride, int64_t channels,
+                      float* y) {
+    if (call.absent(i + 1)) {
+        for (int64_t token = 0; token < tokens.count(); token++)
+            memcpy(y + token * channels, x + token * stride, channels * sizeof(float));
+        return;
+    }
     float* ring = call.floats(i);
     const float* weight = call.floats(i + 1);
-    const int64_t channels = call.dim(i, 1), rows = call.dim(i, 0) / tokens.batch, width = call.dim(i + 1, 2);
+    const int64_t rows = call.dim(i, 0) / tokens.batch, width = call.dim(i + 1, 2);
     for (int64_t token = 0; token < tokens.count(); token++) {
         float* to = y + token * channels;
         memcpy(to, x + token * stride, channels * sizeof(float));

@@ -9,7 +9,7 @@ from mindspore import ops
 from mindspore.ops.primitive import constexpr
 
 from pangu_ms.model import experts, indexer, latent_attention, mtp, residual
-from pangu_ms.ops.cpu.library import operator
+from pangu_ms.ops.cpu.library import absent, operator
 
 _latent_query = latent_attention.latent_query.formula
 _latent_keys = latent_attention.latent_keys.formula
@@ -26,19 +26,18 @@ _moe = experts.moe.formula
 def latent_query(x, weights, taps, step, nope, copy):
     if not step["decode"]:
         return _latent_query(x, weights, taps, step, nope, copy)
-    norm, rope = weights["norm"], step["rope"]
-    return operator("DecodingQuery")(x, weights["down"]["weight"], taps, weights["conv"]["weight"], norm["weight"],
-                                     weights["up"]["weight"], step["position"], rope["cos"], rope["sin"], nope,
-                                     norm["eps"], rope["interleaved"])
+    norm, rope, (taps, conv) = weights["norm"], step["rope"], _convolution(taps, weights)
+    return operator("DecodingQuery")(x, weights["down"]["weight"], taps, conv, norm["weight"], weights["up"]["weight"],
+                                     step["position"], rope["cos"], rope["sin"], nope, norm["eps"], rope["interleaved"])
 
 
 def latent_keys(x, weights, taps, kept, step, window):
     """Decoding: the cache's tensor as it lies, [B * rows, D], with the new rows in it."""
     if not step["decode"]:
         return _latent_keys(x, weights, taps, kept, step, window)
-    norm, rope = weights["norm"], step["rope"]
-    rows = operator("DecodingRow")(x, weights["down"]["weight"], taps, weights["conv"]["weight"], norm["weight"], kept,
-                                   step["position"], rope["cos"], rope["sin"], norm["eps"], rope["interleaved"])
+    norm, rope, (taps, conv) = weights["norm"], step["rope"], _convolution(taps, weights)
+    rows = operator("DecodingRow")(x, weights["down"]["weight"], taps, conv, norm["weight"], kept, step["position"],
+                                   rope["cos"], rope["sin"], norm["eps"], rope["interleaved"])
     return ops.depend(kept, rows)
 
 
@@ -46,15 +45,22 @@ def attention_output(q, sinks, keys, seen, weights, taps, step):
     """Decoding: keys as `latent_keys` of this file gives them."""
     if not step["decode"]:
         return _attention_output(q, sinks, keys, seen, weights, taps, step)
-    norm = sinks["norm"]
-    kv_b, conv, out = weights["kv_b"]["weight"], weights["conv"]["weight"], weights["out"]["weight"]
+    kv_b, out, (taps, conv) = weights["kv_b"]["weight"], weights["out"]["weight"], _convolution(taps, weights)
+    latent, k_pe, norm, eps = absent(), absent(), absent(), 1.0
+    if sinks is not None:
+        latent, k_pe, norm, eps = sinks["latent"], sinks["k_pe"], sinks["norm"]["weight"], sinks["norm"]["eps"]
     if "indices" in seen:
-        return operator("DecodingChosen")(
-            q, sinks["latent"], sinks["k_pe"], norm["weight"], keys, kv_b, taps, conv, out, step["position"],
-            seen["indices"], weights["scale"], norm["eps"])
-    return operator("DecodingAttention")(
-        q, sinks["latent"], sinks["k_pe"], norm["weight"], keys, kv_b, taps, conv, out, step["position"],
-        seen["window"], weights["scale"], norm["eps"])
+        return operator("DecodingChosen")(q, latent, k_pe, norm, keys, kv_b, taps, conv, out, step["position"],
+                                          seen["indices"], weights["scale"], eps)
+    return operator("DecodingAttention")(q, latent, k_pe, norm, keys, kv_b, taps, conv, out, step["position"],
+                                         seen["window"], weights["scale"], eps)
+
+
+def _convolution(taps, weights):
+    """The ring and the weight of a site, or of neither anything."""
+    if weights["conv"] is None:
+        return absent(), absent()
+    return taps, weights["conv"]["weight"]
 
 
 def append_index_rows(x, weights, kept, step):

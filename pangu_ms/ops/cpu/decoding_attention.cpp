@@ -57,16 +57,16 @@ struct Chosen {
     }
 };
 
-// q [B, T, heads * (nope + P)], turned, sinks [S0, L] and [S0, P], norm [L] of the first, kept [B * R, L + P],
-// kv_b [heads * (nope + value), L], ring [B * R2, C], conv [C, 1, k], C = heads * value, weight [H, C], position,
-// what tells which rows a query sees, scale, eps -> y [B, T, H]
+// q [B, T, heads * (nope + P)], turned, sinks [S0, L] and [S0, P], norm [L] of the first, or these absent,
+// kept [B * R, L + P], kv_b [heads * (nope + value), L], ring [B * R2, C], conv [C, 1, k], C = heads * value, or these
+// absent, weight [H, C], position, what tells which rows a query sees, scale, eps -> y [B, T, H]
 //
 // `reader` hands them out: groups of `together` tokens read the same `count` rows, `block` at a time, and of these
 // `mark` says which a token sees; the sinks all do.
 template <class Reader>
 static void attend(const Call& call, const Tokens& tokens, const Reader& reader) {
-    const int64_t rows = tokens.count(), latent = call.dim(1, 1), rope = call.dim(2, 1), sinks = call.dim(1, 0),
-                  dim = latent + rope, channels = call.dim(6, 1), up_rows = call.dim(5, 0),
+    const int64_t rows = tokens.count(), latent = call.dim(5, 1), dim = call.dim(4, 1), rope = dim - latent,
+                  sinks = call.absent(1) ? 0 : call.dim(1, 0), channels = call.dim(8, 1), up_rows = call.dim(5, 0),
                   heads = (call.dim(0, 2) - up_rows + channels) / rope, head_dim = call.dim(0, 2) / heads,
                   nope = head_dim - rope, value = channels / heads, queries = reader.together() * heads,
                   panels = panels_of(queries), columns = latent / LANES;
@@ -142,7 +142,7 @@ static void attend(const Call& call, const Tokens& tokens, const Reader& reader)
                          mean + (row * heads + head) * latent, 1, latent,
                          [=](int64_t v, int64_t, float sum) { out[row * channels + head * value + v] = sum; });
     });
-    ring_conv(call, 6, tokens, out, channels, mixed);
+    ring_conv(call, 6, tokens, out, channels, channels, mixed);
     linear(mixed, call.floats(8), rows, channels, call.dim(8, 0), call.floats(13));
 }
 

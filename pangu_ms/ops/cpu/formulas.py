@@ -6,7 +6,7 @@ from mindspore.ops.functional import isconstant
 from pangu_ms.cache import rings
 from pangu_ms.model import grouped_query_attention
 from pangu_ms.model.linear import add_bias, without_bias
-from pangu_ms.ops.cpu.library import operator
+from pangu_ms.ops.cpu.library import absent, operator
 from pangu_ms.shaping import arange
 
 FEW_ROWS = 8    # of a sequence: decoding
@@ -69,10 +69,12 @@ def latent_rows(latent, kv, norm, rope):
 
 
 def expanded_attention(q, sinks, keys, visible, kv_b, scale):
+    sinks = absent() if sinks is None else sinks
     return operator("ExpandedAttention")(q, sinks, keys, visible, kv_b["weight"], scale)
 
 
 def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
+    sinks = absent() if sinks is None else sinks
     return operator("AbsorbedAttention")(q, sinks, keys, visible, kv_b["weight"], scale)
 
 

@@ -75,6 +75,12 @@ def _library():
 
 
 @constexpr
+def absent():
+    """What an operator is given in place of a tensor that a layer does not have: it has no dimension but one."""
+    return ms.Tensor([0.0], ms.float32)
+
+
+@constexpr
 def operator(name):
     """The operator of the library, with its gradient where one is compiled."""
     return _operator(name)

@@ -1,7 +1,8 @@
 """The indexer's loss: it learns to look where the main attention looks (section 11)."""
 from mindspore import nn, ops
 
-from pangu_ms.model.latent_attention import attention_mass, sink_rows, with_sinks
+from pangu_ms.model.latent_attention import attention_mass, sink_rows
+from pangu_ms.model.sinks import with_sinks
 
 QUERIES = 128  # of the loss at once
 UNSEEN = -1e30  # finite, unlike the attention's mask: here it is multiplied by a probability of zero

@@ -107,6 +107,13 @@ def test_gradients_do_not_depend_on_the_layout(forward, layouts):
         assert off < tolerance, f"{parameter.name}: {off:.2e}"
 
 
+def test_no_bias_follows_the_load_where_there_is_none(model):
+    forward = Pretraining(model("ultra_moe"), TrainingSettings())
+    assert forward.part_names == ("lm", "mtp_1") and not forward.biased and forward.moe_layers == (1, 2, 3, 4)
+    with pytest.raises(ConfigError, match="router_bias_update_rate: found 0.1, but no router .* take 0"):
+        Pretraining(model("ultra_moe"), TrainingSettings(router_bias_update_rate=0.1))
+
+
 def test_settings_decide_what_is_computed(small):
     settings = {
         ("lm", "mtp_1"): {},
