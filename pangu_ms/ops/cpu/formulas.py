@@ -1,21 +1,15 @@
-"""Forms of single formulas, with gradients: compiled operators, but for grouped attention, which reads the cache in its
-own way. Each has the name and the arguments of what it replaces."""
-from mindspore import ops
-from mindspore.ops.functional import isconstant
-
+"""Forms of single formulas, with gradients: compiled operators. Each has the name and the arguments of what it
+replaces."""
 from pangu_ms.cache import rings
-from pangu_ms.model import grouped_query_attention
-from pangu_ms.model.linear import add_bias, without_bias
-from pangu_ms.ops.cpu.library import operator
+from pangu_ms.ops.cpu.library import empty, operator
 
-FEW_ROWS = 8    # of a sequence: decoding
-
-_grouped_attention = grouped_query_attention.grouped_attention.formula
 _ring_update = rings.ring_update.formula
 
 
 def linear(x, matrix):
-    return add_bias(operator("Linear")(x, without_bias(matrix)["weight"]), matrix)
+    if "bias" in matrix:
+        return operator("LinearBias")(x, matrix["matrix"]["weight"], matrix["bias"])
+    return operator("Linear")(x, matrix["weight"])
 
 
 def rms_norm(x, norm):
@@ -75,26 +69,15 @@ def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
 
 
 def grouped_attention(q, keys, values, visible, scale):
-    """For few queries keys and values are read as they lie in the cache: head by head they would have to be copied.
-
-    A query is as wide as the keys of all G heads, and zero but for those it reads. That multiplies G times as much,
-    which costs less than the copies do.
-    """
-    batch, length, heads, width = q.shape
-    rows, groups = keys.shape[1], keys.shape[2]
-    if not isconstant(length):                                                  # in a prefill
-        return _grouped_attention(q, keys, values, visible, scale)
-    if length > FEW_ROWS:
-        return _grouped_attention(q, keys, values, visible, scale)
-    reads = ops.expand_dims(ops.arange(heads) // (heads // groups), 1) == ops.arange(groups)
-    reads = ops.expand_dims(ops.cast(reads, q.dtype), 2)                        # [N, G, 1]
-    keys = ops.reshape(keys, (batch, rows, groups * width))
-    values = ops.reshape(values, (batch, rows, groups * width))
-    q = ops.reshape(ops.expand_dims(q, 3) * reads, (batch, length * heads, groups * width))
-    score = ops.reshape(ops.BatchMatMul(transpose_b=True)(q, keys), (batch, length, heads, rows))
-    prob = ops.reshape(masked_softmax(score, visible, scale), (batch, length * heads, rows))
-    out = ops.reshape(ops.BatchMatMul()(prob, values), (batch, length, heads, groups, width))
-    return ops.reshape(ops.sum(out * reads, 3), (batch, length, heads * width))
+    """Keys and values [B, S, G, D], or of decoding as they lie in the cache, [B * S, G * D]."""
+    width = q.shape[-1]
+    groups, value = keys.shape[-1] // width, values.shape[-1]
+    if keys.ndim == 4:
+        groups = keys.shape[2]
+    else:
+        value = value // groups
+    return operator("GroupedAttention")(q, keys, values, empty((0, groups, width)), empty((0, groups, value)), visible,
+                                        scale)
 
 
 def choose_experts(logits, bias, scale, normalise):
