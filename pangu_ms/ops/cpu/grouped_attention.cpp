@@ -6,10 +6,12 @@
 #include "attention.h"
 #include "call.h"
 #include "matrix.h"
+#include "product.h"
 
 constexpr int64_t TOGETHER = 128;                       // queries of a group that meet the same rows
 constexpr int64_t BLOCK = 256;                          // rows at once: scores stay in the second-level cache
-constexpr int64_t PART = 1024;                          // rows for one thread, where queries are few
+constexpr int64_t FEW_BLOCK = 16;                       // where queries are few: of all groups, in the order of memory
+constexpr int64_t PART = 128;                           // rows for one thread then
 
 // Queries of the tokens first .. first + count - 1 of a sequence, and rows low .. high - 1 of it; the part that
 // `begins` meets the sinks too.
@@ -42,53 +44,85 @@ struct Met {
     Met(float* memory, int64_t queries) : top(memory), total(top + queries), mean(total + queries) {}
 };
 
+// The scores of queries q [queries, K] and n keys that are `step` apart, a line of them for each query.
+static void keys_of(const float* q, const float* keys, int64_t step, int64_t queries, int64_t n, int64_t width,
+                    float* score) {
+    if (queries > FEW) multiply(rows_of(q, width), columns_of(keys, step), queries, n, width, score, BLOCK);
+    else few_dots(keys, step, 0, n, q, queries, width,
+                  [=](int64_t row, int64_t query, float v) { score[query * BLOCK + row] = v; });
+}
+
+// mean [queries, V] += the n values, `step` apart, with weights that `keys_of` has laid out. Of few queries each takes
+// whole rows, WIDE vectors at a time.
+static void add_values(const float* weight, const float* values, int64_t step, int64_t queries, int64_t n,
+                       int64_t width, float* mean) {
+    constexpr int WIDE = 8;
+    int64_t done = 0;
+    for (; queries <= FEW && done + WIDE * LANES <= width; done += WIDE * LANES)
+        for (int64_t i = 0; i < queries; i++) {
+            Lanes sums[1][WIDE];
+            panel_tile<1, WIDE>(weight + i * BLOCK, 0, n, {values + done, step, LANES}, sums);
+            for (int p = 0; p < WIDE; p++) {
+                float* to = mean + i * width + done + p * LANES;
+                store(to, load(to) + sums[0][p]);
+            }
+        }
+    multiply(rows_of(weight, BLOCK), rows_of(values + done, step), queries, width - done, n, mean + done, width, true);
+}
+
 // q [B, T, heads, K], keys, values, sinks of both, visible, scale: see `Grouped` -> y [B, T, heads * V]
 OPERATOR(GroupedAttention) {
     const Grouped g(call);
-    const int64_t each = g.each();
+    const int64_t each = g.each(), key_step = g.groups * g.width, value_step = g.groups * g.value;
     const std::vector<Piece> pieces = pieces_of(g);
     const int64_t size = pieces[0].count * each * (2 + g.value);
     float *results = scratch(OPERATOR_OWN, pieces.size() * g.groups * size), *y = call.floats(7);
     const auto met = [&](int64_t i, int64_t group) {
         return Met(results + (i * g.groups + group) * size, pieces[i].count * each);
     };
-    parallel(pieces.size() * g.groups, [&](int64_t item) {
-        const int64_t group = item % g.groups;
-        const Piece& piece = pieces[item / g.groups];
+    // Few queries meet a row's keys of all groups together, as memory has them; many, a group's keys alone.
+    const bool few = pieces[0].count * each <= FEW;
+    const int64_t block = few ? FEW_BLOCK : BLOCK, beside = few ? g.groups : 1;
+    parallel(pieces.size() * g.groups / beside, [&](int64_t item) {
+        const int64_t first = item * beside % g.groups, i = item * beside / g.groups;
+        const Piece& piece = pieces[i];
         const int64_t queries = piece.count * each;
-        float *q = scratch(WORK_OWN, queries * (g.width + BLOCK)), *score = q + queries * g.width;
-        const Met to = met(item / g.groups, group);
-        for (int64_t t = 0; t < piece.count; t++)       // the heads of a group lie one behind the other
-            memcpy(q + t * each * g.width,
-                   call.floats(0) + (((piece.b * g.length + piece.first + t) * g.heads) + group * each) * g.width,
-                   each * g.width * sizeof(float));
-        std::fill(to.top, to.top + queries, -1e30f);
-        std::fill(to.total, to.mean + queries * g.value, 0.0f);
-        // Rows low .. high - 1 of what begins at `keys` and `values` and at place `start` of the mask.
-        const auto meet = [&](const float* keys, const float* values, int64_t start, int64_t low, int64_t high) {
-            const int64_t key_step = g.groups * g.width, value_step = g.groups * g.value;
-            for (int64_t at = low; at < high; at += BLOCK) {
-                const int64_t n = std::min(BLOCK, high - at);
-                multiply(rows_of(q, g.width), columns_of(keys + at * key_step + group * g.width, key_step), queries, n,
-                         g.width, score, BLOCK);
-                for (int64_t i = 0; i < queries; i++) {
-                    float *line = score + i * BLOCK, *mean = to.mean + i * g.value;
-                    const bool* seen = g.seen(piece.b, piece.first + i / each) + start + at;
-                    const float top = scores(line, seen, g.scale, n, to.top[i], line),
-                                kept = exponential(to.top[i] - top);
-                    to.top[i] = top;
-                    to.total[i] = to.total[i] * kept + exponentials(top, n, line);
-                    if (kept == 1.0f) continue;
+        float *q = scratch(WORK_OWN, queries * (beside * g.width + BLOCK)), *score = q + queries * beside * g.width;
+        for (int64_t group = first; group < first + beside; group++) {
+            for (int64_t t = 0; t < piece.count; t++)   // the heads of a group lie one behind the other
+                memcpy(q + ((group - first) * queries + t * each) * g.width,
+                       call.floats(0) + ((piece.b * g.length + piece.first + t) * g.heads + group * each) * g.width,
+                       each * g.width * sizeof(float));
+            const Met to = met(i, group);
+            std::fill(to.top, to.top + queries, -1e30f);
+            std::fill(to.total, to.mean + queries * g.value, 0.0f);
+        }
+        // The rows of a group that begin at `keys` and `values`, and at place `at` of the mask.
+        const auto meet = [&](int64_t group, const float* keys, const float* values, int64_t at, int64_t n) {
+            const Met to = met(i, group);
+            keys_of(q + (group - first) * queries * g.width, keys, key_step, queries, n, g.width, score);
+            for (int64_t j = 0; j < queries; j++) {
+                float *line = score + j * BLOCK, *mean = to.mean + j * g.value;
+                const bool* seen = g.seen(piece.b, piece.first + j / each) + at;
+                const float top = scores(line, seen, g.scale, n, to.top[j], line),
+                            kept = exponential(to.top[j] - top);
+                to.top[j] = top;
+                to.total[j] = to.total[j] * kept + exponentials(top, n, line);
+                if (kept == 1.0f) continue;
 #pragma omp simd
-                    for (int64_t c = 0; c < g.value; c++) mean[c] *= kept;
-                }
-                multiply(rows_of(score, BLOCK), rows_of(values + at * value_step + group * g.value, value_step),
-                         queries, g.value, n, to.mean, g.value, true);
+                for (int64_t c = 0; c < g.value; c++) mean[c] *= kept;
             }
+            add_values(score, values, value_step, queries, n, g.value, to.mean);
         };
-        if (piece.begins) meet(call.floats(3), call.floats(4), 0, 0, g.sinks);
-        const int64_t before = piece.b * g.rows * g.groups;
-        meet(call.floats(1) + before * g.width, call.floats(2) + before * g.value, g.sinks, piece.low, piece.high);
+        const auto meet_all = [&](int key, int64_t row, int64_t at, int64_t rows) {
+            for (int64_t done = 0; done < rows; done += block)
+                for (int64_t group = first; group < first + beside; group++)
+                    meet(group, call.floats(key) + (row + done) * key_step + group * g.width,
+                         call.floats(key + 1) + (row + done) * value_step + group * g.value, at + done,
+                         std::min(block, rows - done));
+        };
+        if (piece.begins) meet_all(3, 0, 0, g.sinks);
+        meet_all(1, piece.b * g.rows + piece.low, g.sinks + piece.low, piece.high - piece.low);
     });
     // The parts of a query's rows lie one behind the other.
     std::vector<int64_t> begin;
