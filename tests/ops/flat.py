@@ -15,6 +15,17 @@ swiglu, masked_softmax, top_k = elementary.swiglu, elementary.masked_softmax, el
 softmax, sigmoid = elementary.softmax, elementary.sigmoid
 apply_rope, short_conv, mhc_post = rope.apply_rope, conv.short_conv, mhc.mhc_post
 grouped_attention = gqa.grouped_attention
+
+
+def attention_behind_sinks(q, keys, values, sink_keys, sink_values, visible, scale):
+    """`grouped_attention` over sinks and rows, of values narrower than keys: those are filled up with zeros."""
+    batch, heads, value = q.shape[0], q.shape[2], values.shape[3]
+    keys, values = (ops.cat((ops.tile(ops.expand_dims(sink, 0), (batch, 1, 1, 1)), rows), 1)
+                    for sink, rows in ((sink_keys, keys), (sink_values, values)))
+    values = ops.cat((values, ops.zeros(values.shape[:3] + (q.shape[3] - value,), values.dtype)), 3)
+    out = gqa.grouped_attention(q, keys, values, visible, scale)
+    return ops.reshape(ops.reshape(out, (batch, -1, heads, q.shape[3]))[..., :value], (batch, -1, heads * value))
+
 choose_experts, topk_indices = router.choose_experts, indexer.topk_indices
 
 

@@ -161,6 +161,19 @@ def test_equals_the_formula(name, make):
             close(a, b, GRADIENT_TOLERANCE)
 
 
+@pytest.mark.parametrize("length", [1, 70])
+def test_grouped_attention_behind_sinks(length):
+    """Sinks with keys and values of their own, values narrower than keys; few queries and many."""
+    keys, sinks, groups, width, value = 90, 3, 2, 12, 5
+    arguments = (normal(2, length, 6, width), normal(2, keys, groups, width), normal(2, keys, groups, value),
+                 normal(sinks, groups, width), normal(sinks, groups, value), causal(2, length, sinks, keys, 30), 0.3)
+    found, wanted = Call(library._operator("GroupedAttention")), flat.attention_behind_sinks
+    close(found(*arguments), op_by_op(wanted, *arguments))
+    gradient, given = ms.ops.GradOperation(get_all=True, sens_param=True), normal(2, length, 6 * value)
+    for one, other in zip(gradient(found)(*arguments, given)[:5], op_by_op(gradient(Call(wanted)), *arguments, given)):
+        close(one, other, GRADIENT_TOLERANCE)
+
+
 @pytest.mark.parametrize("name, make", [("linear", lambda t: (normal(1, t, 33), normal(17, 33))),
                                         ("mhc_pre", lambda t: read(1, t, 4, 9)),
                                         ("experts_grouped", lambda t: experts((1, t), 16, 8, 5, 2)),
