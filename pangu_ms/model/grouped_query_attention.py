@@ -71,7 +71,7 @@ class GroupedQueryAttention(nn.Cell):
         self.k_proj = Linear(hidden, groups * width, plan, bias=bias)
         self.v_proj = Linear(hidden, groups * width, plan, bias=bias)
         self.o_proj = Linear(heads * width, hidden, plan, bias=bias)
-        self.shared = ranks.tensor > 1
+        self.sharded = ranks.tensor > 1
         self.copy, self.reduce = collectives.copy(ranks, "tensor"), collectives.reduce(ranks, "tensor")
         self.window, self.scale = attention.window or 0, width ** -0.5
         self.weights = {"query": self.q_proj.matrix, "key": self.k_proj.matrix, "value": self.v_proj.matrix,
@@ -87,7 +87,7 @@ class GroupedQueryAttention(nn.Cell):
         q = grouped_query(x, self.weights, step)
         keys, values = grouped_keys_values(x, self.weights, cache, step)
         heads = grouped_attention(q, keys, values, step["visible"][self.window], self.scale)
-        if not self.shared:
+        if not self.sharded:
             return linear(heads, self.out), ()
         # Ranks add up what their heads give; the output's bias is added once.
         return add_bias(self.reduce(linear(heads, without_bias(self.out))), self.out), ()
