@@ -30,6 +30,10 @@ struct Angles {
         const int64_t at = token % count * half;        // one set for all sequences: their tokens begin again
         turn(x, cosines + at, sines + at, half, interleaved, y);
     }
+    // The first channels of each head, in place: x [rows, width], heads of `head` channels.
+    void apply_to_heads(float* x, int64_t rows, int64_t width, int64_t head) const {
+        for (int64_t at = 0; at < rows * width; at += head) apply(at / width, x + at, x + at);
+    }
 };
 
 inline Angles angles_of(const Call& call, int i, bool interleaved) {
