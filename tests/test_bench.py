@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import mindspore as ms
 import pytest
 import yaml
 
@@ -20,6 +21,7 @@ from bench_kernels import count_kernels
 from bench_machine import memory_bandwidth
 from pangu_ms.architectures import read_config
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
+from pangu_ms.ops.cpu import library
 from pangu_ms.yaml_file import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +160,15 @@ def test_kernels_are_nodes_that_are_launched():
     inside, outside = count_kernels(GRAPH)
     assert inside == Counter(Shape=2, Reshape=1, Select=1, ScatterUpdate=1, FillV2=1)
     assert outside == Counter(LessEqual=1, MatMul=1, Cast=1)
+
+
+@pytest.mark.skipif(not library.available(ms.float32), reason="the compiled operators are not built here")
+def test_a_layer_of_grouped_queries_launches_few_kernels(data):
+    """Norm, query, keys and values, attention, output, sum and next norm, feed-forward, sum; the embedding's is one more.
+    """
+    found = bench_kernels.decode_kernels(str(data / "embedded_tied"), ("dense",), 4)["dense"]
+    assert found["per_trunk_layer"] == 8.25
+    assert found["in_layers"].keys() == {"Custom", "Add", "Gather"}
 
 
 def refused(capsys, tool, *options):

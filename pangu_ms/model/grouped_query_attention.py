@@ -125,6 +125,8 @@ class GroupedQueryAttention(nn.Cell):
         q = grouped_query(x, weights, step)
         keys, values = grouped_keys_values(x, weights, cache, step)
         heads = grouped_attention(q, keys, values, step["visible"][self.window], self.scale, self._sink_rows(weights))
+        if not self.sharded:
+            return linear(heads, self.out), ()
         # Ranks add up what their heads give; the output's bias is added once.
         return add_bias(self.reduce(linear(heads, without_bias(self.out))), self.out), ()
 

@@ -38,6 +38,14 @@ def linear(x, weight):
     return projections.linear(x, matrix(weight))
 
 
+def projection(weight, bias):
+    return matrix(weight) if bias is None else {"matrix": matrix(weight), "bias": bias}
+
+
+def linear_bias(x, weight, bias):
+    return projections.linear(x, projection(weight, bias))
+
+
 def rms_norm(x, weight, eps):
     return norm.rms_norm(x, normed(weight, eps))
 
@@ -183,6 +191,17 @@ def _attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, la
     return mla.attention_output(q, sinks, keys, seen, weights, out_taps, info)
 
 
+def attend_grouped(x, query, query_bias, key, key_bias, value, value_bias, keys, values, position, cos, sin, width,
+                   scale, interleaved=False):
+    """`grouped_query`, `grouped_keys_values`, then `grouped_attention` over what the cache keeps."""
+    info = step(position, cos, sin, places=keys.shape[0] // x.shape[0], interleaved=interleaved)
+    weights = {"query": projection(query, query_bias), "key": projection(key, key_bias),
+               "value": projection(value, value_bias), "width": width, "value_width": width}
+    q = gqa.grouped_query(x, weights, info)
+    keys, values = gqa.grouped_keys_values(x, weights, {"keys": keys, "values": values}, info)
+    return q, gqa.grouped_attention(q, keys, values, info["visible"][0], scale, None)
+
+
 def append_index_rows(x, key, weight, kept, position, cos, sin, eps):
     info = step(position, cos, sin, places=kept.shape[0] // x.shape[0])
     return indexer.append_index_rows(x, {"key": matrix(key), "key_norm": normed(weight, eps)}, kept, info)
@@ -217,8 +236,16 @@ def plain_residual_post(y, weight, x, eps):
 
 
 def plain_residual_post_pre(y, weight, x, next_weight, eps):
-    stream, x, _ = residual.residual_post_pre(y, normed(weight, eps), (), x, None, normed(next_weight, eps),
-                                              {"decode": True})
+    return _plain_post_pre(y, normed(weight, eps), x, normed(next_weight, eps))
+
+
+def prenorm_residual_post_pre(y, x, next_weight, eps):
+    """No norm behind the sublayer."""
+    return _plain_post_pre(y, None, x, normed(next_weight, eps))
+
+
+def _plain_post_pre(y, norm, x, next_norm):
+    stream, x, _ = residual.residual_post_pre(y, norm, (), x, None, next_norm, {"decode": True})
     return stream, x
 
 

@@ -104,6 +104,7 @@ def conv(batch, length, channels, past, width, shared=False):
 CASES = [
     *[("linear", lambda m=m, k=k, n=n: (normal(*m, k), normal(n, k)))
       for m, k, n in [((1, 1), 64, 48), ((1, 2), 77, 13), ((3,), 512, 300), ((2, 9), 33, 17), ((1, 150), 64, 100)]],
+    *[("linear_bias", lambda m=m: (normal(*m, 33), normal(17, 33), normal(17))) for m in [(1, 1), (2, 70)]],
     *[("rms_norm", lambda m=m, d=d: (normal(*m, d), normal(d), 1e-5)) for m, d in [((1, 1), 512), ((2, 70), 77)]],
     *[("swiglu", lambda m=m: (normal(*m) * 20, normal(*m))) for m in [(1, 1, 7), (2, 300, 64)]],
     *[("apply_rope", lambda b=b, t=t, s=s, i=i: (normal(b, t, 3, 24), *angles(b, t, 4), s, i))
@@ -134,8 +135,8 @@ CASES = [
     *[("masked_softmax", lambda s=s, v=v: (normal(*s) * 30, mask(*v), 0.7))
       for s, v in [((2, 3, 5, 19), (2, 1, 5, 19)), ((1, 1, 4, 300), (1, 1, 1, 300)), ((2, 1, 3, 8), (1, 1, 1, 8))]],
     *[("grouped_attention", lambda a=a: grouped(*a))                            # few queries, and more of them
-      for a in [(1, 1, 1), (2, 1, 40), (2, 5, 30, 4, 4), (1, 8, 8, 6, 1), (2, 9, 30)]],
-    *[("grouped_attention_with_sinks", lambda t=t: grouped(2, t, 30, value=5, sinks=3)) for t in (2, 9)],
+      for a in [(1, 1, 1), (2, 5, 30, 4, 4), (1, 8, 8, 6, 1), (1, 2, 2500), (2, 150, 420, 4, 2, 17, 17)]],
+    *[("grouped_attention_with_sinks", lambda t=t: grouped(2, t, 90, width=12, value=5, sinks=3)) for t in (1, 70)],
     *[("absorbed_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
         ((1, 1, 40), {}), ((2, 1, 7), {}), ((2, 5, 30), {}), ((2, 5, 12), {"per_query": True}),
         ((1, 3, 20), {"heads": 19, "latent": 32}), ((2, 3, 20), {"sinks": 0})]],
@@ -255,7 +256,7 @@ def same_numbers(monkeypatch):
 
 def compiled(name):
     """A formula as a function of tensors, for which the library has an operator."""
-    assert name.removesuffix("_with_sinks") in vars(cpu)
+    assert name.removesuffix("_with_sinks").removesuffix("_bias") in vars(cpu)
     return getattr(flat, name)
 
 

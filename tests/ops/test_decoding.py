@@ -63,6 +63,14 @@ def sparse(batch, length, start, k, **shape):
     return (*arguments, indices.reshape(batch, length, k), heads, scale, eps)
 
 
+def grouped(batch, length, start, heads=6, groups=2, width=8, places=110, hidden=33, bias=True):
+    both, whole = groups * width, heads * width
+    biases = [normal(n) if bias else None for n in (whole, both, both)]
+    return (normal(batch, length, hidden), normal(whole, hidden), biases[0], normal(both, hidden), biases[1],
+            normal(both, hidden), biases[2], normal(batch * places, both), normal(batch * places, both),
+            positions(batch, length, start), *angles(batch, length, width // 2), width, 0.02)
+
+
 def index_row(batch, length, start, half=4, hidden=33, dim=14, places=60):
     return (normal(batch, length, hidden), normal(dim, hidden), normal(dim), normal(batch * places, dim),
             positions(batch, length, start), *angles(batch, length, half), 1e-5)
@@ -102,6 +110,10 @@ def plain_post_pre(batch, length, hidden=33):
     return normal(batch, length, hidden), normal(hidden), normal(batch, length, hidden), normal(hidden), 1e-5
 
 
+def prenorm_post_pre(batch, length, hidden=33):
+    return normal(batch, length, hidden), normal(batch, length, hidden), normal(hidden), 1e-5
+
+
 def experts(batch, length, hidden=33, count=7, width=17, shared=20, k=3):
     return (normal(batch, length, hidden), normal(count, hidden), normal(count) * 0.1, np.full(k, 2.5, np.float32),
             normal(count, width, hidden), normal(count, width, hidden), normal(count, hidden, width),
@@ -119,22 +131,28 @@ CASES = [
     *[("attend_sparse", lambda t=t, k=k: sparse(*t, k)) for t, k in
       [((1, 1, 40), 9), ((1, 1, 140), 130), ((2, 3, 11), 12), ((3, 4, 100), 65)]],
     *[("attend_sparse", lambda: sparse(2, 3, 50, 20, heads=19, latent=32))],
+    *[("attend_grouped", lambda t=t, k=k: grouped(*t, **k)) for t, k in
+      [((1, 1, 0), {}), ((1, 4, 1), {"groups": 6}), ((2, 3, 11), {"groups": 1, "width": 14}),
+       ((3, 5, 40), {"bias": False}), ((2, 9, 40), {"heads": 4, "width": 34}),
+       ((1, 1, 2999), {"places": 4100}), ((2, 2, 2000), {"heads": 32, "places": 2100})]],
     *[("append_index_rows", lambda t=t: index_row(*t)) for t in TOKENS],
     *[("residual_pre", lambda t=t: (streams(*t), *read_by())) for t in [(1, 1), (2, 4)]],
     *[("residual_post", lambda t=t: (*write_by(*t), 1e-5)) for t in [(1, 1), (2, 4)]],
     *[("residual_post_pre", lambda t=t: (*write_by(*t), *read_by())) for t in [(1, 1), (2, 4)]],
     *[(name, lambda t=t, make=make: make(*t)) for t in [(1, 1), (2, 9)]
       for name, make in [("mtp_input", join), ("plain_residual_post", plain_post),
-                         ("plain_residual_post_pre", plain_post_pre)]],
+                         ("plain_residual_post_pre", plain_post_pre),
+                         ("prenorm_residual_post_pre", prenorm_post_pre)]],
     *[("moe", lambda t=t: (*experts(*t), True)) for t in [(1, 1), (1, 4), (2, 9)]],
     *[("moe_of_groups", lambda t=t: (*experts(*t, count=12), normal(1, 12))) for t in [(1, 1), (2, 9)]],
     ("latent_query", lambda: (*query(2, 3, 11), True)), ("attend", lambda: (*attention(2, 3, 11, 0), True)),
-    ("attend", lambda: attention(1, 4, -2, 0)),
+    ("attend", lambda: attention(1, 4, -2, 0)), ("attend_grouped", lambda: (*grouped(2, 3, 11), True)),
     ("latent_query", lambda: without(query(2, 3, 11), 2, 3)),
     *[("attend", lambda t=t: without(attention(*t, 0), 2, 3, 10, 11, 13, 14)) for t in [(2, 3, 11), (1, 4, -2)]],
 ]
-CHANGED = {"latent_query": 1, "attend": 3, "attend_sparse": 3, "append_index_rows": 1}  # arguments, in place
-TAPS = {"latent_query": (2,), "attend": (2, 13)}  # places of those that a layer may not have
+# Arguments that are changed in place, and those that a layer may not have, by their places.
+CHANGED = {"latent_query": 1, "attend": 3, "attend_sparse": 3, "attend_grouped": 2, "append_index_rows": 1}
+TAPS = {"latent_query": (2,), "attend": (2, 13)}
 
 
 @pytest.mark.parametrize("name, make", CASES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CASES)])
@@ -153,8 +171,9 @@ def test_equals_the_formula(name, make):
 
 def test_every_step_of_decoding_is_here():
     """So that none of them is a formula in silence, and none goes without a comparison."""
-    steps = {"latent_query", "latent_keys", "attention_output", "append_index_rows", "select_rows", "residual_pre",
-             "residual_post", "residual_post_pre", "mtp_input", "moe"}
+    steps = {"latent_query", "latent_keys", "attention_output", "grouped_query", "grouped_keys_values",
+             "append_index_rows", "select_rows", "residual_pre", "residual_post", "residual_post_pre", "mtp_input",
+             "moe"}
     assert steps == {name for name, form in vars(cpu).items() if getattr(form, "__module__", "").endswith("decoding")}
 
 

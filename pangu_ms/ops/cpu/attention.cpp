@@ -33,7 +33,7 @@ inline void add(float part, const float* from, int64_t n, float* to) {
 // D = latent + rope
 OPERATOR(AbsorbedAttention) {
     const int64_t batch = call.dim(0, 0), length = call.dim(0, 1), heads = call.dim(0, 2), head_dim = call.dim(0, 3),
-                  sinks = call.absent(1) ? 0 : call.dim(1, 0), dim = call.dim(2, -1), latent = call.dim(4, 1),
+                  sinks = call.dim(1, 0), dim = call.dim(2, -1), latent = call.dim(4, 1),
                   total = call.dim(3, 3), own = total - sinks, rope = dim - latent, nope = head_dim - rope,
                   value = call.dim(4, 0) / heads - nope, groups = call.size(2) / (own * dim);
     const float *q = call.floats(0), *sink = call.floats(1), *keys = call.floats(2), *kv_b = call.floats(4),
@@ -98,7 +98,7 @@ ONE_SHAPE(AbsorbedAttention) {
 // The arguments of AbsorbedAttention, but keys [B, S, D]: every row is multiplied out to the keys and values of a head.
 OPERATOR(ExpandedAttention) {
     const int64_t batch = call.dim(0, 0), length = call.dim(0, 1), heads = call.dim(0, 2), head_dim = call.dim(0, 3),
-                  sinks = call.absent(1) ? 0 : call.dim(1, 0), dim = call.dim(2, -1), latent = call.dim(4, 1),
+                  sinks = call.dim(1, 0), dim = call.dim(2, -1), latent = call.dim(4, 1),
                   total = call.dim(3, 3), own = total - sinks, rope = dim - latent, nope = head_dim - rope,
                   value = call.dim(4, 0) / heads - nope, panels = panels_of(total), wide = panels * LANES,
                   columns = panels_of(value), blocks = (length + QUERIES - 1) / QUERIES;

@@ -19,7 +19,6 @@ struct Call {
     float real(int i) const { return *static_cast<const float*>(data[i]); }
     int64_t whole(int i) const { return *static_cast<const int64_t*>(data[i]); }
     int64_t dim(int i, int axis) const { return shapes[i][axis < 0 ? ndims[i] + axis : axis]; }
-    bool absent(int i) const { return ndims[i] == 1 && shapes[i][0] == 1; }  // the tensor that stands for none
     int64_t size(int i) const {
         int64_t n = 1;
         for (int a = 0; a < ndims[i]; a++) n *= shapes[i][a];

@@ -55,6 +55,46 @@ ONE_SHAPE(DecodingRow) {
     return {shapes[0][0], shapes[0][1], shapes[1][0]};
 }
 
+// x [B, T, H], weight [heads * D, H], bias [heads * D] or [0]: there is none, cos, sin, width [D], whose shape alone
+// counts, interleaved -> q [B, T, heads, D], of each head the first 2 * half channels turned
+OPERATOR(DecodingGroupedQuery) {
+    const Angles angles = angles_of(call, 3, *call.bools(6));
+    const int64_t hidden = call.dim(1, 1), all = call.dim(1, 0), head = call.dim(5, 0), rows = call.size(0) / hidden;
+    float* q = call.floats(7);
+    linear(call.floats(0), call.floats(1), rows, hidden, all, q, call.size(2) ? call.floats(2) : nullptr);
+    angles.apply_to_heads(q, rows, all, head);
+}
+
+ONE_SHAPE(DecodingGroupedQuery) {
+    if (ndims[0] != 3) return {-2};
+    return {shapes[0][0], shapes[0][1], shapes[1][0] / shapes[5][0], shapes[5][0]};
+}
+
+// x [B, T, H]; of the keys, then of the values: weight [G * D, H] and bias [G * D] or [0]; kept keys [B * S, G * D] and
+// values, position, cos, sin, D of the keys, interleaved -> the keys [B, T, G * D], turned, which with the values are
+// then kept
+OPERATOR(DecodingKeysValues) {
+    const Tokens tokens = tokens_of(call, 7);
+    const int64_t hidden = call.dim(1, 1), rows = tokens.count(), widths[2] = {call.dim(1, 0), call.dim(3, 0)},
+                  places = call.dim(5, 0) / tokens.batch;
+    float* made[2] = {call.floats(12), scratch(COMPOSED_OWN, rows * widths[1])};
+    for (int i = 0; i < 2; i++) {
+        const int at = 1 + 2 * i;
+        linear(call.floats(0), call.floats(at), rows, hidden, widths[i], made[i],
+               call.size(at + 1) ? call.floats(at + 1) : nullptr);
+    }
+    angles_of(call, 8, *call.bools(11)).apply_to_heads(made[0], rows, widths[0], call.whole(10));
+    for (int i = 0; i < 2; i++)
+        for (int64_t row = 0; row < rows; row++)
+            memcpy(call.floats(5 + i) + tokens.slot(row, places) * widths[i], made[i] + row * widths[i],
+                   widths[i] * sizeof(float));
+}
+
+ONE_SHAPE(DecodingKeysValues) {
+    if (ndims[0] != 3) return {-2};
+    return {shapes[0][0], shapes[0][1], shapes[1][0]};
+}
+
 // embedding [B, T, H], norm [H], hidden [B, T, H], norm [H], projection [H, 2 * H], eps -> x [B, T, H]
 OPERATOR(DecodingJoin) {
     const int64_t hidden = call.dim(4, 0), rows = call.size(0) / hidden;
@@ -82,14 +122,15 @@ OPERATOR(DecodingAdd) {
 
 ONE_SHAPE(DecodingAdd) { return shape_of(0, ndims, shapes); }
 
-// x and y [B, T, H], norm [H] of y, norm [H] of the sum, eps -> the sum, and its norm
+// x and y [B, T, H], norm of y, [H] or [0]: it has none, norm [H] of the sum, eps -> the sum, and its norm
 OPERATOR(DecodingResidual) {
-    const int64_t hidden = call.size(2);
+    const int64_t hidden = call.size(3);
     const float eps = call.real(4);
     for (int64_t at = 0; at < call.size(0); at += hidden) {
-        const float* x = call.floats(0) + at;
+        const float *x = call.floats(0) + at, *y = call.floats(1) + at;
         float* sum = call.floats(5) + at;
-        rms_norm(call.floats(1) + at, call.floats(2), eps, hidden, sum);
+        if (call.size(2)) rms_norm(y, call.floats(2), eps, hidden, sum);
+        else memcpy(sum, y, hidden * sizeof(float));
 #pragma omp simd
         for (int64_t i = 0; i < hidden; i++) sum[i] += x[i];
         rms_norm(sum, call.floats(3), eps, hidden, call.floats(6) + at);

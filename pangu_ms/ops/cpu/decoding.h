@@ -30,6 +30,10 @@ struct Angles {
         const int64_t at = token % count * half;        // one set for all sequences: their tokens begin again
         turn(x, cosines + at, sines + at, half, interleaved, y);
     }
+    // The first channels of each head, in place: x [rows, width], heads of `head` channels.
+    void apply_to_heads(float* x, int64_t rows, int64_t width, int64_t head) const {
+        for (int64_t at = 0; at < rows * width; at += head) apply(at / width, x + at, x + at);
+    }
 };
 
 inline Angles angles_of(const Call& call, int i, bool interleaved) {
@@ -40,7 +44,7 @@ inline Angles angles_of(const Call& call, int i, bool interleaved) {
 // ring holds x. ring is input `i` of the call, the weight [C, 1, k] input i + 1; where both are absent y is x.
 inline void ring_conv(const Call& call, int i, const Tokens& tokens, const float* x, int64_t stride, int64_t channels,
                       float* y) {
-    if (call.absent(i + 1)) {
+    if (!call.size(i + 1)) {
         for (int64_t token = 0; token < tokens.count(); token++)
             memcpy(y + token * channels, x + token * stride, channels * sizeof(float));
         return;

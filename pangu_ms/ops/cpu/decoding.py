@@ -8,12 +8,15 @@ import numpy as np
 from mindspore import ops
 from mindspore.ops.primitive import constexpr
 
-from pangu_ms.model import experts, indexer, latent_attention, mtp, residual
+from pangu_ms.model import experts, grouped_query_attention, indexer, latent_attention, mtp, residual
+from pangu_ms.model.linear import without_bias
 from pangu_ms.ops.cpu.library import absent, operator
 
 _latent_query = latent_attention.latent_query.formula
 _latent_keys = latent_attention.latent_keys.formula
 _attention_output = latent_attention.attention_output.formula
+_grouped_query = grouped_query_attention.grouped_query.formula
+_grouped_keys_values = grouped_query_attention.grouped_keys_values.formula
 _append_index_rows = indexer.append_index_rows.formula
 _select_rows = indexer.select_rows.formula
 _residual_pre = residual.residual_pre.formula
@@ -63,6 +66,30 @@ def _convolution(taps, weights):
     return taps, weights["conv"]["weight"]
 
 
+def grouped_query(x, weights, step):
+    query, rope = weights["query"], step["rope"]
+    if not step["decode"] or "first" in query:
+        return _grouped_query(x, weights, step)
+    return operator("DecodingGroupedQuery")(x, without_bias(query)["weight"], _bias(query), rope["cos"], rope["sin"],
+                                            _as_shape(weights["width"]), rope["interleaved"])
+
+
+def grouped_keys_values(x, weights, cache, step):
+    """Decoding: the cache's tensors as they lie, [B * rows, G * D], with the new rows in them."""
+    key, value, rope = weights["key"], weights["value"], step["rope"]
+    if not step["decode"] or "first" in key or "key_norm" in weights:
+        return _grouped_keys_values(x, weights, cache, step)
+    keys, values = cache["keys"], cache["values"]
+    rows = operator("DecodingKeysValues")(x, without_bias(key)["weight"], _bias(key), without_bias(value)["weight"],
+                                          _bias(value), keys, values, step["position"], rope["cos"], rope["sin"],
+                                          weights["width"], rope["interleaved"])
+    return ops.depend(keys, rows), ops.depend(values, rows)
+
+
+def _bias(matrix):
+    return matrix["bias"] if "bias" in matrix else absent()
+
+
 def append_index_rows(x, weights, kept, step):
     rope = step["rope"]
     if not step["decode"] or rope["interleaved"]:
@@ -79,13 +106,13 @@ def select_rows(x, q_latent, weights, kept, step):
     norm = weights["key_norm"]
     indices = operator("DecodingSelect")(
         x, weights["key"]["weight"], norm["weight"], kept, step["position"], rope["cos"], rope["sin"], q_latent,
-        weights["query"]["weight"], weights["head_weights"]["weight"], _places(weights["topk"]), norm["eps"])
+        weights["query"]["weight"], weights["head_weights"]["weight"], _as_shape(weights["topk"]), norm["eps"])
     return indices, kept
 
 
 @constexpr
-def _places(count):
-    """How many rows are selected, as a shape: operators infer theirs from shapes alone."""
+def _as_shape(count):
+    """A number as a shape: operators infer theirs from shapes alone."""
     return ms.Tensor(np.arange(count), ms.int32)
 
 
@@ -107,10 +134,11 @@ def residual_post(y, norm, back, stream, step):
 
 
 def residual_post_pre(y, norm, back, stream, next_gates, next_norm, step):
-    if norm is None or not step["decode"]:
+    if not step["decode"] or (norm is None and next_gates is not None):
         return _residual_post_pre(y, norm, back, stream, next_gates, next_norm, step)
     if next_gates is None:
-        stream, x = operator("DecodingResidual")(stream, y, norm["weight"], next_norm["weight"], norm["eps"])
+        weight = absent() if norm is None else norm["weight"]
+        stream, x = operator("DecodingResidual")(stream, y, weight, next_norm["weight"], next_norm["eps"])
         return stream, x, ()
     stream, x, post, mix = operator("DecodingTurn")(
         y, norm["weight"], back[0], back[1], stream, next_norm["weight"], next_gates["norm"]["weight"],

@@ -66,7 +66,7 @@ struct Chosen {
 template <class Reader>
 static void attend(const Call& call, const Tokens& tokens, const Reader& reader) {
     const int64_t rows = tokens.count(), latent = call.dim(5, 1), dim = call.dim(4, 1), rope = dim - latent,
-                  sinks = call.absent(1) ? 0 : call.dim(1, 0), channels = call.dim(8, 1), up_rows = call.dim(5, 0),
+                  sinks = call.dim(1, 0), channels = call.dim(8, 1), up_rows = call.dim(5, 0),
                   heads = (call.dim(0, 2) - up_rows + channels) / rope, head_dim = call.dim(0, 2) / heads,
                   nope = head_dim - rope, value = channels / heads, queries = reader.together() * heads,
                   panels = panels_of(queries), columns = latent / LANES;

@@ -14,6 +14,12 @@ def linear(gradient):
     return bprop
 
 
+def linear_bias(gradient):
+    def bprop(x, weight, bias, out, dout):
+        return gradient(x, weight, bias, dout)
+    return bprop
+
+
 def rms_norm(gradient):
     def bprop(x, weight, eps, out, dout):
         dx, dweight = gradient(x, weight, eps, dout)
@@ -83,6 +89,14 @@ def expanded_attention(gradient):
     return bprop
 
 
+def grouped_attention(gradient):
+    def bprop(q, keys, values, sink_keys, sink_values, visible, scale, out, dout):
+        dq, dkeys, dvalues, dsink_keys, dsink_values = gradient(q, keys, values, sink_keys, sink_values, visible, scale,
+                                                                dout)
+        return dq, dkeys, dvalues, dsink_keys, dsink_values, zeros_like(visible), zeros_like(scale)
+    return bprop
+
+
 def route(gradient):
     def bprop(logits, bias, scale, softmax, grouped, normalise, out, dout):
         dlogits = gradient(logits, bias, scale, softmax, grouped, normalise, dout[0], dout[1])
@@ -113,6 +127,7 @@ def cross_entropy(gradient):
 
 BPROPS = {  # operator of the library: its function above, and how many gradients the gradient operator gives
     "Linear": (linear, 2),
+    "LinearBias": (linear_bias, 3),
     "RmsNorm": (rms_norm, 2),
     "Swiglu": (swiglu, 2),
     "Rotate": (rotate, 1),
@@ -123,6 +138,7 @@ BPROPS = {  # operator of the library: its function above, and how many gradient
     "LatentRows": (latent_rows, 3),
     "MaskedSoftmax": (masked_softmax, 1),
     "ExpandedAttention": (expanded_attention, 4),
+    "GroupedAttention": (grouped_attention, 5),
     "Route": (route, 1),
     "Experts": (experts, 5),
     "FeedForward": (feed_forward, 4),

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import mindspore as ms
+import numpy as np
 from mindspore import ops
 from mindspore.ops import CustomRegOp, DataType
 from mindspore.ops.primitive import constexpr
@@ -17,6 +18,7 @@ from pangu_ms.ops.cpu.gradients import BPROPS
 # Operator of the library: its inputs. Numbers that are no tensors come last.
 INPUTS = {
     "Linear": "x weight",
+    "LinearBias": "x weight bias",
     "RmsNorm": "x weight eps",
     "Swiglu": "gate up",
     "MaskedSoftmax": "score visible scale",
@@ -30,6 +32,7 @@ INPUTS = {
     "LatentRows": "latent kv norm cos sin eps interleaved",
     "ExpandedAttention": "q sinks keys visible kv_b scale",
     "AbsorbedAttention": "q sinks keys visible kv_b scale",
+    "GroupedAttention": "q keys values sink_keys sink_values visible scale",
     "Route": "logits bias scale softmax grouped normalise",
     "Experts": "x ids weights gate up down",
     "FeedForward": "x gate up down",
@@ -45,6 +48,8 @@ INPUTS = {
     "DecodingTurn": "y norm post mix streams next_norm gamma phi alpha beta eps rounds norm_eps",
     "DecodingAdd": "y norm x eps",
     "DecodingResidual": "x y norm next_norm eps",
+    "DecodingGroupedQuery": "x weight bias cos sin width interleaved",
+    "DecodingKeysValues": "x key key_bias value value_bias keys values position cos sin width interleaved",
     "DecodingJoin": "embedding embedding_norm hidden hidden_norm projection eps",
     "DecodingExperts": "x gate bias scale factor gates ups downs shared_gate shared_up shared_down softmax grouped "
                        "normalise",
@@ -75,9 +80,9 @@ def _library():
 
 
 @constexpr
-def absent():
-    """What an operator is given in place of a tensor that a layer does not have: it has no dimension but one."""
-    return ms.Tensor([0.0], ms.float32)
+def absent(*shape):
+    """What an operator is given in place of a tensor that a layer does not have: it holds no number."""
+    return ms.Tensor(np.zeros(shape or (0,), np.float32))
 
 
 @constexpr

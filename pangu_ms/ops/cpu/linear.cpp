@@ -1,4 +1,4 @@
-// x [..., K], weight [N, K] -> y [..., N]
+// A product with a weight, with or without a bias.
 #include <algorithm>
 
 #include "call.h"
@@ -6,10 +6,13 @@
 #include "product.h"
 #include "threads.h"
 
-void linear(const float* x, const float* weight, int64_t m, int64_t k, int64_t n, float* y) {
+void linear(const float* x, const float* weight, int64_t m, int64_t k, int64_t n, float* y,
+            const float* bias) {
+    const auto plus = [=](int64_t row, float v) { return bias ? v + bias[row] : v; };
     if (m <= FEW) {
         in_chunks(n, k, [=](int64_t first, int64_t last) {
-            few_dots(weight, first, last, x, m, k, [=](int64_t row, int64_t t, float v) { y[t * n + row] = v; });
+            few_dots(weight, first, last, x, m, k,
+                     [=](int64_t row, int64_t t, float v) { y[t * n + row] = plus(row, v); });
         });
         return;
     }
@@ -28,11 +31,12 @@ void linear(const float* x, const float* weight, int64_t m, int64_t k, int64_t n
                   std::min(depth, panels - from), k, [=](int64_t row, int rows, int64_t panel, const Lanes* v) {
             const int64_t start = (from + panel) * LANES;
             for (int64_t t = 0; t < LANES && start + t < m; t++)
-                for (int r = 0; r < rows; r++) y[(start + t) * n + row + r] = v[r][t];
+                for (int r = 0; r < rows; r++) y[(start + t) * n + row + r] = plus(row + r, v[r][t]);
         });
     });
 }
 
+// x [..., K], weight [N, K] -> y [..., N]
 OPERATOR(Linear) {
     const int64_t k = call.dim(1, 1);
     linear(call.floats(0), call.floats(1), call.size(0) / k, k, call.dim(1, 0), call.floats(2));
@@ -43,3 +47,11 @@ ONE_SHAPE(Linear) {
     if (shape.back() != -2) shape.back() = shapes[1][0];
     return shape;
 }
+
+// x [..., K], weight [N, K], bias [N] -> y [..., N]
+OPERATOR(LinearBias) {
+    const int64_t k = call.dim(1, 1);
+    linear(call.floats(0), call.floats(1), call.size(0) / k, k, call.dim(1, 0), call.floats(3), call.floats(2));
+}
+
+ONE_SHAPE(LinearBias) { return LinearInferShape(ndims, shapes, nullptr); }

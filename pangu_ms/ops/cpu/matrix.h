@@ -99,6 +99,12 @@ inline void multiply(const Matrix& a, const Matrix& b, int64_t rows, int64_t col
             int64_t row = 0;
             for (; row + STEP <= rows; row += STEP)
                 multiply_tile<STEP>(a.from(row, i), packed, terms, width, c + row * line + column, line, more);
+            if (row + 4 <= rows && STEP > 4) {
+                multiply_tile<4>(a.from(row, i), packed, terms, width, c + row * line + column, line, more);
+                row += 4;
+            }
+            for (; row + 2 <= rows; row += 2)
+                multiply_tile<2>(a.from(row, i), packed, terms, width, c + row * line + column, line, more);
             for (; row < rows; row++)
                 multiply_tile<1>(a.from(row, i), packed, terms, width, c + row * line + column, line, more);
         }
