@@ -7,6 +7,9 @@ import mindspore as ms
 from mindspore import ops
 from mindspore.ops.primitive import constexpr
 
+# Behind every entry. The masks that say the same are not heard by the gradient on a CPU.
+LAST = 2**31 - 1
+
 
 def arange(count):
     """int32 [count]: 0, 1, 2, ..., count - 1."""
@@ -14,17 +17,10 @@ def arange(count):
 
 
 def part(x, axis, start, end):
-    """Entries `start` to `end` - 1 along an axis, end None: to the last. Numbers that the graph knows."""
-    return _slice(x.ndim, axis, end)(x, _at(x.ndim, axis, start), _at(x.ndim, axis, end), _at(x.ndim, axis, 1))
+    """Entries `start` to `end` - 1 along an axis, of all other axes all. Numbers that the graph knows."""
+    return ops.StridedSlice()(x, _at(x.ndim, axis, start, 0), _at(x.ndim, axis, end, LAST), _at(x.ndim, axis, 1, 1))
 
 
 @constexpr
-def _slice(axes, axis, end):
-    """All of every other axis."""
-    here, every = 1 << axis % axes, (1 << axes) - 1
-    return ops.StridedSlice(every - here, every if end is None else every - here)
-
-
-@constexpr
-def _at(axes, axis, value):
-    return tuple((value or 0) if i == axis % axes else 1 for i in range(axes))
+def _at(axes, axis, value, others):
+    return tuple(value if i == axis % axes else others for i in range(axes))

@@ -30,9 +30,11 @@ def test_the_toy_is_small_and_has_every_kind_of_layer():
     assert [layer.attention.window for layer in config.plan.mtp_layers] == [128] * 3
 
 
-def test_embedded_is_embedded():
-    wanted = PanguEmbeddedConfig.embedded_7b(compute_dtype="bfloat16")
-    assert model_config("predict_embedded_7b.yaml", "pangu_embedded") == wanted
+@pytest.mark.parametrize("size", ["1b", "7b"])
+def test_embedded_is_embedded(size):
+    wanted = getattr(PanguEmbeddedConfig, f"embedded_{size}")(compute_dtype="bfloat16")
+    for name in (f"predict_embedded_{size}.yaml", f"finetune_embedded_{size}_sft.yaml"):
+        assert model_config(name, "pangu_embedded") == wanted
     toy = model_config("pretrain_toy_cpu.yaml", "pangu_embedded")
     assert toy.parameter_count()["trunk"] < 2_000_000 and toy.plan.tied_head and toy.plan.layers[0].attention.bias
 

@@ -5,6 +5,7 @@ from mindspore import ops
 from pangu_ms.device import replaceable
 from pangu_ms.model.elementary import sigmoid, softmax, top_k
 from pangu_ms.model.linear import linear
+from pangu_ms.shaping import arange
 
 
 def route(x, router):
@@ -48,4 +49,4 @@ def best_of_groups(score, groups):
     """[..., E] -> int32 [..., groups]: the largest of each of so many equal groups of neighbours, in their order."""
     size = score.shape[-1] // groups
     best = top_k(ops.reshape(score, score.shape[:-1] + (groups, size)), 1)      # [..., groups, 1]
-    return ops.squeeze(best, -1) + ops.arange(0, groups * size, size, dtype=ms.int32)
+    return ops.squeeze(best, -1) + arange(groups) * size

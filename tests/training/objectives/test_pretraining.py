@@ -141,7 +141,7 @@ def test_config_decides_the_weight_of_the_balance_loss_where_no_setting_does(mod
 
 
 def test_a_rate_of_biases_that_are_not_there_is_refused(model):
-    with pytest.raises(ConfigError, match="router_bias_update_rate: found 0.01, but the routers of the model have no "
+    with pytest.raises(ConfigError, match="router_bias_update_rate: found 0.01, but no router of the model has a "
                                           "selection bias; take 0"):
         Pretraining(model("pro_moe"), TrainingSettings(router_bias_update_rate=0.01))
 
