@@ -46,7 +46,6 @@ class Step(nn.Cell):
         self.decode, self.sparse, self.drafting = length is not None, sparse, drafting
         self.depths = len(plan.mtp_layers) if drafting and not self.decode else 0
         self.layers = plan.layers if self.depths else plan.trunk
-        self.names = names_of(self.layers)
         self.step_info = StepInfo(plan, self.layers, slack)
         self.growing = first_growing(self.layers)
         self.trunk, self.phase = len(plan.trunk), ONE_GRAPH
@@ -60,11 +59,10 @@ class Step(nn.Cell):
         return as_arguments(cache, cache.layers[:len(self.layers)])
 
     def construct(self, ids, start, tensors, count=None):
-        cache = named(self.names, tensors)
         new = ids[:, :-self.depths] if self.depths else ids
         position = start + arange(new.shape[1])                                 # [B, T]
-        step = self.step_info(position, capacity_of(cache, self.growing, ids.shape[0]), self.decode, self.sparse, count)
-        merged, _ = self.causal_lm.model(new, step, cache)
+        step = self.step_info(position, capacity_of(tensors, self.growing, ids.shape[0]), self.decode, self.sparse, count)
+        merged, _ = self.causal_lm.model(new, step, tensors)
         if self.decode:
             shown = merged
         elif count is None:
@@ -73,11 +71,11 @@ class Step(nn.Cell):
             shown = ops.gather(merged, count - 1, 1)
         logits = self.causal_lm.logits(shown)
         if self.drafting:
-            logits = ops.depend(logits, self._keep_hidden(tensors[len(self.names)][0], merged, position, count))
+            logits = ops.depend(logits, self._keep_hidden(tensors[len(self.layers)][0], merged, position, count))
         hidden = self.causal_lm.mtp_hidden(merged)
         for depth in range(1, self.depths + 1):
             ahead = ids[:, depth:] if depth == self.depths else ids[:, depth:depth - self.depths]
-            hidden, _, _ = self.causal_lm.mtp(depth, ahead, hidden, step, cache[self.trunk + depth - 1])
+            hidden, _, _ = self.causal_lm.mtp(depth, ahead, hidden, step, tensors[self.trunk + depth - 1])
             logits = ops.depend(logits, hidden)                                 # a write nobody uses is dropped
         return logits
 
@@ -107,7 +105,7 @@ class Draft(nn.Cell):
         self.depths, self.trunk = min(drafts, len(plan.mtp_layers)), len(plan.trunk)
         self.repeats = drafts - self.depths                                     # of the last layer, on its own output
         layers = plan.mtp_layers[:self.depths]
-        self.names, self.growing = names_of(layers), first_growing(layers)
+        self.growing = first_growing(layers)
         self.step_info = StepInfo(plan, layers, SLACK)
         self.phase = ONE_GRAPH
         self.set_inputs(ms.Tensor(shape=[batch, Draft.window(drafts, self.depths)], dtype=ms.int32),
@@ -123,9 +121,9 @@ class Draft(nn.Cell):
         return as_arguments(cache, cache.layers[self.trunk:self.trunk + self.depths])
 
     def construct(self, tokens, start, tensors):
-        cache, ring = named(self.names, tensors), tensors[len(self.names)][0]
+        ring = tensors[self.depths][0]
         position = start + arange(tokens.shape[1])                              # [B, M]
-        capacity = capacity_of(cache, self.growing, tokens.shape[0])
+        capacity = capacity_of(tensors, self.growing, tokens.shape[0])
         step = self.step_info(position, capacity, True, False)
         hidden = self.causal_lm.mtp_hidden(ops.gather(ring, in_ring(position, hidden_rows(SLACK)), 0))      # [B, M, H]
         drafts, logits = (), ()
@@ -134,7 +132,7 @@ class Draft(nn.Cell):
                 tokens, hidden, position = tokens[:, -1:], hidden[:, -1:], position[:, -1:] + 1
                 step = self.step_info(position, capacity, True, False)
             head = min(depth, self.depths)
-            hidden, normed, _ = self.causal_lm.mtp(head, tokens, hidden, step, cache[head - 1])
+            hidden, normed, _ = self.causal_lm.mtp(head, tokens, hidden, step, tensors[head - 1])
             logit = self.causal_lm.head(normed[:, -1:])                         # [B, 1, V]
             draft = ops.Argmax(-1, ms.int32)(logit)                             # [B, 1]
             tokens = ops.cat((tokens[:, 1:], draft), 1)
@@ -143,30 +141,14 @@ class Draft(nn.Cell):
 
 
 def first_growing(layers):
-    """Place of a layer and name of its tensor, which tells the capacity; None where no layer's tensors grow."""
-    return next(((i, name) for i, layer in enumerate(layers)
-                 for name, each in layer.attention.cache_tensors.items() if each.rows is None), None)
+    """Places of a layer and of its tensor which tells the capacity; None where no layer's tensors grow."""
+    return next(((i, j) for i, layer in enumerate(layers)
+                 for j, each in enumerate(layer.attention.cache_tensors.values()) if each.rows is None), None)
 
 
-def capacity_of(cache, growing, batch):
+def capacity_of(tensors, growing, batch):
     """Rows of growing tensors for one sequence; 1 where there are none and nothing needs it."""
-    return 1 if growing is None else cache[growing[0]][growing[1]].shape[0] // batch
-
-
-def names_of(layers):
-    """The names of each layer's tensors, in the order in which a graph is given them."""
-    return tuple(tuple(layer.attention.cache_tensors) for layer in layers)
-
-
-def named(names, tensors):
-    """Each layer's tensors by name again: a graph takes no dictionaries whose shapes are open."""
-    found = ()
-    for i, each in enumerate(names):
-        layer = {}
-        for j, name in enumerate(each):
-            layer[name] = tensors[i][j]
-        found = found + (layer,)
-    return found
+    return 1 if growing is None else tensors[growing[0]][growing[1]].shape[0] // batch
 
 
 def as_arguments(cache, layers):

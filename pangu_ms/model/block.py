@@ -25,6 +25,7 @@ class Block(nn.Cell):
         super().__init__()
         hidden = plan.hidden_size
         self.moe, self.attn_gates, self.mlp_gates = layer.moe, None, None
+        self.cache_names = tuple(layer.attention.cache_tensors)
         if layer.residual:
             self.attn_mhc_module = HyperConnection(plan, layer.residual)
             self.attn_gates = self.attn_mhc_module.gates
@@ -59,7 +60,11 @@ class Block(nn.Cell):
         "routing" of `route`, or ()}.
 
         What nobody uses of the second is dropped when the graph is compiled.
+        cache: None, or the layer's tensors in the order of `cache_tensors`: a graph takes no dictionaries whose shapes
+        are open.
         """
+        if cache is not None:
+            cache = named(self.cache_names, cache)
         x, back = residual_pre(stream, self.attn_gates, self.input_layernorm.handle, step)
         attn, index = self.self_attn(x, step, cache)
         stream, x, back = residual_post_pre(attn, self.behind_attn, back, stream, self.mlp_gates,
@@ -73,3 +78,11 @@ class Block(nn.Cell):
         if self.block_norm:                                                     # one norm over all N * H values
             stream = ops.reshape(self.block_post_layernorm(flatten(stream)), stream.shape)
         return stream, {"attn": attn, "index": index, "mlp": mlp, "routing": routing}
+
+
+def named(names, tensors):
+    """The tensors by their names."""
+    found = {}
+    for i, name in enumerate(names):
+        found[name] = tensors[i]
+    return found

@@ -28,7 +28,7 @@ class Decoder(nn.Cell):
         """ids int32 [B, T] -> hidden [B, T, H] before the final norm; without a cache (stream, pieces) of each trunk
         layer.
 
-        cache: None, or for each layer its tensors by name.
+        cache: None, or for each layer its tensors (`Block.layer`).
         """
         stream = self.embed_tokens(ids)                                         # [B, T, H]
         if self.streams:                                                        # every stream starts as the embedding
@@ -85,7 +85,7 @@ class CausalLM(nn.Cell):
     def mtp(self, depth, ahead, hidden, step, cache):
         """One MTP depth: ahead int32 [B, T], for each row p the token at p + depth; hidden [B, T, H], of depth - 1.
 
-        cache: None, or the layer's tensors by name -> hidden [B, T, H], for the next depth; normed [B, T, H], of which
+        cache: None, or the layer's tensors -> hidden [B, T, H], for the next depth; normed [B, T, H], of which
         row p of the head's logits predicts the token at p + depth + 1; the layer's pieces.
         """
         return self.model.layers[self.model.depth + depth - 1](self.model.embed_tokens(ahead), hidden, step, cache)
