@@ -19,7 +19,9 @@ from pangu_ms.architectures import config_from_dict
 from pangu_ms.architectures.fields import CONFIG_FILE, Config
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
-from pangu_ms.architectures.tensors import ALPHA, EMBEDDING, FLOAT32, ONE, POST_NORM, STREAM_GATES, ZERO
+from pangu_ms.architectures.tensors import (
+    ALPHA, EMBEDDING, FLOAT32, ONE, POST_ATTENTION_NORM, POST_MLP_NORM, STREAM_GATES, ZERO,
+)
 from pangu_ms.checkpoint.dtypes import CODES, from_float32
 from pangu_ms.checkpoint.layout import LayoutTensor, released
 from pangu_ms.checkpoint.shards import INDEX_FILE
@@ -109,7 +111,7 @@ def draw(tensor: LayoutTensor, seed: int) -> np.ndarray:
     p = tensor.parameter
     generator = np.random.default_rng([seed, zlib.crc32(own_name(tensor).encode())])
     values = generator.standard_normal(tensor.shape, np.float32)
-    if p.initial in (ONE, POST_NORM):
+    if p.initial in (ONE, POST_ATTENTION_NORM, POST_MLP_NORM):
         return 1 + 0.1 * values
     if p.initial in (ZERO, ALPHA, STREAM_GATES):  # convolutions, biases, gates: as if they had learned a little
         return 0.1 * values

@@ -9,8 +9,8 @@ from pangu_ms.architectures.fields import (
     COMPUTE_DTYPES, Config, choice_problems, implied_defaults, listed, size_problems,
 )
 from pangu_ms.architectures.tensors import (
-    ALPHA, COLUMNS, EMBEDDING, EXPERT, FLOAT32, HEAD_COLUMNS, HEAD_ROWS, INT8, NORMAL, ONE, OUTPUT, POST_NORM,
-    ROUTED, ROUTED_OUTPUT, ROWS, STREAM_GATES, WHOLE, ZERO, Table,
+    ALPHA, COLUMNS, EMBEDDING, EXPERT, FLOAT32, HEAD_COLUMNS, HEAD_ROWS, INT8, NORMAL, ONE, OUTPUT,
+    POST_ATTENTION_NORM, POST_MLP_NORM, ROUTED, ROUTED_OUTPUT, ROWS, STREAM_GATES, WHOLE, ZERO, Table,
 )
 from pangu_ms.errors import ConfigError
 from pangu_ms.model.plan import MTP_HIDDEN, FeedForward, HyperConnection, Indexer, LatentAttention, Layer, MoE, Plan
@@ -53,9 +53,9 @@ EVERY_LAYER = (
     ("self_attn.param_sink_k_pe", "sinks rope", WHOLE, "sink", None, NORMAL),
     ("self_attn.o_conv.weight", "heads*v 1 taps", (HEAD_ROWS,), "convolution", None, ZERO),
     ("self_attn.o_proj.weight", "hidden heads*v", (HEAD_COLUMNS,), "attention", INT8, OUTPUT),
-    ("post_attention_layernorm.weight", "hidden", WHOLE, "norm", None, POST_NORM),
+    ("post_attention_layernorm.weight", "hidden", WHOLE, "norm", None, POST_ATTENTION_NORM),
     ("pre_mlp_layernorm.weight", "hidden", WHOLE, "norm", None, ONE),
-    ("post_mlp_layernorm.weight", "hidden", WHOLE, "norm", None, POST_NORM),
+    ("post_mlp_layernorm.weight", "hidden", WHOLE, "norm", None, POST_MLP_NORM),
 )
 DSA = (
     ("self_attn.indexer.wq_b.weight", "index_heads*index q_rank", WHOLE, "indexer", None, NORMAL),

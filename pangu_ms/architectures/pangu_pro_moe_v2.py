@@ -14,7 +14,8 @@ from pangu_ms.architectures.fields import (
 )
 from pangu_ms.architectures.openpangu_v2 import COPIES, DENSE, EMBEDDINGS, HEAD, MOE, MTP
 from pangu_ms.architectures.tensors import (
-    HEAD_COLUMNS, KV_HEAD_COLUMNS, KV_HEAD_ROWS, NORMAL, ONE, OUTPUT, POST_NORM, WHOLE, Table,
+    HEAD_COLUMNS, KV_HEAD_COLUMNS, KV_HEAD_ROWS, NORMAL, ONE, OUTPUT, POST_ATTENTION_NORM, POST_MLP_NORM, WHOLE,
+    Table,
 )
 from pangu_ms.errors import ConfigError
 from pangu_ms.model.plan import FeedForward, GroupedQueryAttention, Layer, MoE, Plan
@@ -35,9 +36,9 @@ EVERY_LAYER = (
     ("self_attn.qkv_proj.weight", "qkv hidden", (KV_HEAD_ROWS,), "attention", None, NORMAL),
     ("self_attn.k_layernorm.weight", "qk", WHOLE, "attention", None, ONE),
     ("self_attn.o_proj.weight", "hidden heads*v", (HEAD_COLUMNS,), "attention", None, OUTPUT),
-    ("post_attention_layernorm.weight", "hidden", WHOLE, "norm", None, POST_NORM),
+    ("post_attention_layernorm.weight", "hidden", WHOLE, "norm", None, POST_ATTENTION_NORM),
     ("pre_mlp_layernorm.weight", "hidden", WHOLE, "norm", None, ONE),
-    ("post_mlp_layernorm.weight", "hidden", WHOLE, "norm", None, POST_NORM),
+    ("post_mlp_layernorm.weight", "hidden", WHOLE, "norm", None, POST_MLP_NORM),
 )
 SINK_KEYS = (
     ("self_attn.param_sink_key", "sinks kv_heads qk", (KV_HEAD_COLUMNS,), "sink", None, NORMAL),

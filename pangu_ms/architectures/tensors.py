@@ -26,7 +26,8 @@ FLOAT32 = "float32"  # stays float32 in a bfloat16 checkpoint: rounding it would
 
 # Initial values. OUTPUT writes to the residual; ROUTED belongs to routers and routed experts.
 NORMAL, OUTPUT, ROUTED, ROUTED_OUTPUT, EMBEDDING = "normal", "output", "routed", "routed output", "embedding"
-ONE, ZERO, POST_NORM, ALPHA, STREAM_GATES = "one", "zero", "post norm", "alpha", "stream gates"
+ONE, ZERO, ALPHA, STREAM_GATES = "one", "zero", "alpha", "stream gates"
+POST_ATTENTION_NORM, POST_MLP_NORM = "post attention norm", "post mlp norm"  # norms behind a sublayer
 
 MATRICES = {"attention", "indexer", "dense_mlp", "expert", "shared_expert", "mtp_input"}  # components of linear maps
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from pangu_ms import PanguForCausalLM
+from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.errors import ConfigError
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.settings import TrainingSettings
 
@@ -119,3 +121,27 @@ def test_settings_decide_experts_and_post_norms(small):
     assert found["model.layers.1.mlp.gate.weight"].std() == pytest.approx(0.5, rel=0.15)
     assert (found["model.layers.1.post_mlp_layernorm.weight"] == 1).all()
     assert all(parameter.dtype == ms.float32 for parameter in model.get_parameters())
+
+
+def test_the_recipe_of_ultra_135b(config, values):
+    """Everything that else is normal has one deviation, norms behind sublayers fall with depth, all else stays."""
+    model = PanguForCausalLM(config)
+    initialize(model, 3, TrainingSettings(post_norm_init="depth_scaled", initializer="tiny"))
+    for name, found in taken(model).items():
+        if name.endswith("post_attention_layernorm.weight"):
+            assert (found == np.float32(0.283 / LAYERS ** 0.5)).all(), name
+        elif name.endswith("post_mlp_layernorm.weight"):
+            assert (found == np.float32(0.432 / LAYERS ** 0.5)).all(), name
+        elif name.endswith("embed_tokens.weight"):
+            assert found.std() == pytest.approx(NORMAL["embed_tokens.weight"], rel=0.05)
+        elif any(name.endswith(end) for end in NORMAL):
+            assert found.std() == pytest.approx((2 * HIDDEN * LAYERS) ** -0.5, rel=0.05), (name, found.size)
+        else:
+            np.testing.assert_array_equal(found, values[name], err_msg=name)
+
+
+def test_depth_scaled_wants_norms_behind_sublayers():
+    config = PanguEmbeddedConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                 num_attention_heads=2, num_key_value_heads=1)
+    with pytest.raises(ConfigError, match="^pangu_training.post_norm_init: found depth_scaled, .*without norms"):
+        initialize(PanguForCausalLM(config), 0, TrainingSettings(post_norm_init="depth_scaled"))

@@ -6,6 +6,8 @@ from pangu_ms.errors import ConfigError
 from pangu_ms.yaml_file import check_section
 
 INDEXER_LOSS = ("off", "dense", "sparse")
+DEPTH_SCALED = "depth_scaled"
+NORMAL, TINY = INITIALIZERS = ("normal", "tiny")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class TrainingSettings:
         moe_init_std: standard deviation of a new model's experts and routers.
         post_norm_init: weight of the norms behind attention and feed-forward in a new model. With 1, as in public code,
             the first sublayer drowns the embedding, and routers send all tokens the same way until these weights have
-            come down. Depth-scaled weights, as published for Pangu Ultra, start below 1.
+            come down. "depth_scaled": the weights of Pangu Ultra 135B, which fall with the number of layers.
+        initializer: "normal": projections have the model's initializer_range, experts moe_init_std. "tiny": all linear
+            maps have the standard deviation of Pangu Ultra 135B, which falls with width and number of layers.
 
     Raises:
         ConfigError: a value that is out of its range.
@@ -37,7 +41,8 @@ class TrainingSettings:
     z_loss_coeff: float = 0.0
     router_bias_update_rate: float = 0.0
     moe_init_std: float = 0.00206
-    post_norm_init: float = 1.0
+    post_norm_init: float | str = 1.0
+    initializer: str = NORMAL
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -46,6 +51,17 @@ class TrainingSettings:
                 if type(value) not in (int, float) or not 0 <= value < float("inf"):
                     raise ConfigError(f"pangu_training.{field.name}: found {value!r}, wanted a number of at least 0")
                 object.__setattr__(self, field.name, float(value))
+        if self.post_norm_init != DEPTH_SCALED:
+            if type(self.post_norm_init) not in (int, float) or not 0 < self.post_norm_init < float("inf"):
+                raise ConfigError(f"pangu_training.post_norm_init: found {self.post_norm_init!r}, wanted a positive "
+                                  f"number or {DEPTH_SCALED}")
+            object.__setattr__(self, "post_norm_init", float(self.post_norm_init))
+        if self.initializer not in INITIALIZERS:
+            raise ConfigError(f"pangu_training.initializer: found {self.initializer!r}, wanted one of "
+                              f"{', '.join(INITIALIZERS)}")
+        if self.initializer == TINY and self.moe_init_std != type(self).moe_init_std:
+            raise ConfigError(f"pangu_training.moe_init_std: found {self.moe_init_std} with initializer {TINY}, wanted "
+                              "one of the two: it draws experts and routers as all other linear maps")
         if self.indexer_loss not in INDEXER_LOSS:
             raise ConfigError(f"pangu_training.indexer_loss: found {self.indexer_loss!r}, wanted one of "
                               f"{', '.join(INDEXER_LOSS)} (in YAML off is false: put it in quotes)")

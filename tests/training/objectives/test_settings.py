@@ -27,6 +27,11 @@ def test_whole_numbers_become_floats():
     ({"moe_init_std": float("nan")}, "pangu_training.moe_init_std: found nan, wanted a number"),
     ({"mtp_loss_weight": float("inf")}, "pangu_training.mtp_loss_weight: found inf"),
     ({"mtp_loss_weight": True}, "pangu_training.mtp_loss_weight: found True"),
+    ({"post_norm_init": 0}, "pangu_training.post_norm_init: found 0, wanted a positive number or depth_scaled"),
+    ({"post_norm_init": "scaled"}, "pangu_training.post_norm_init: found 'scaled', wanted a positive number or depth"),
+    ({"post_norm_init": [1]}, r"pangu_training.post_norm_init: found \[1\], wanted a positive number"),
+    ({"initializer": "small"}, "pangu_training.initializer: found 'small', wanted one of normal, tiny"),
+    ({"initializer": "tiny", "moe_init_std": 0.02}, "pangu_training.moe_init_std: found 0.02 with initializer tiny"),
     ({"indexer_loss": False}, "pangu_training.indexer_loss: found False, wanted one of off, dense, sparse .*quotes"),
     ({"indexer_loss": "warm"}, "pangu_training.indexer_loss: found 'warm', wanted one of off, dense, sparse"),
 ])
