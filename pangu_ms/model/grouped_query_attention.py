@@ -18,29 +18,24 @@ from pangu_ms.parallel import collectives
 # ---------------------------------------------------------------- the steps of a layer
 
 @replaceable
-def grouped_query(x, weights, step):
-    """x [B, T, H] -> rotated queries [B, T, N, D]. weights: query, see `_project`; width, D."""
-    return apply_rope(_heads(_project(x, weights["query"]), weights["width"]), step["rope"], 0)
+def grouped_rows(x, weights, key_norm, cache, step):
+    """x [B, T, H] -> rotated queries [B, T, N, D], and keys and values that they may see, [B, S, G, D] and
+    [B, S, G, Dv]: those of x, keys normed and rotated, go to the cache.
 
-
-@replaceable
-def grouped_keys_values(x, weights, cache, step):
-    """The keys, normed and rotated, and values of x [B, T, H] go to the cache -> what a query may see, [B, S, G, D] and
-    [B, S, G, Dv].
-
-    cache: keys and values, growing tensors [B * S, G * D or Dv], updated in place; or None: S is T, the rows
-    themselves. weights: key and value, see `_project`; key_norm, where keys have one; width, D; value_width, Dv.
+    weights: query, key and value, matrices; or fused, one matrix with the rows of all three, and ends, how many rows
+    queries have, and queries with keys; width, D; value_width, Dv. key_norm: of each head's keys, or None. cache: keys
+    and values, growing tensors [B * S, G * D or Dv], updated in place; or None: S is T, the rows themselves.
     """
-    keys = _heads(_project(x, weights["key"]), weights["width"])                # [B, T, G, D]
-    if "key_norm" in weights:
-        keys = rms_norm(keys, weights["key_norm"])
-    keys = apply_rope(keys, step["rope"], 0)
-    values = _project(x, weights["value"])                                      # [B, T, G * Dv]
+    q, keys, values = _projected(x, weights)
+    q, keys = _heads(q, weights["width"]), _heads(keys, weights["width"])       # [B, T, N, D], [B, T, G, D]
+    if key_norm is not None:
+        keys = rms_norm(keys, key_norm)
+    q, keys = apply_rope(q, step["rope"], 0), apply_rope(keys, step["rope"], 0)
     groups = values.shape[-1] // weights["value_width"]
     if cache is not None:
         keys = append(cache["keys"], ops.reshape(keys, values.shape[:2] + (groups * weights["width"],)), step["slots"])
         values = append(cache["values"], values, step["slots"])
-    return (ops.reshape(keys, (x.shape[0], -1, groups, weights["width"])),
+    return (q, ops.reshape(keys, (x.shape[0], -1, groups, weights["width"])),
             ops.reshape(values, (x.shape[0], -1, groups, weights["value_width"])))
 
 
@@ -65,9 +60,12 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
     return ops.reshape(out, (batch, -1, heads * width))
 
 
-def _project(x, matrix):
-    """x [B, T, H] through a matrix. Where x is what a fused projection gave: its columns from `first` to `end`."""
-    return x[..., matrix["first"]:matrix["end"]] if "first" in matrix else linear(x, matrix)
+def _projected(x, weights):
+    """Queries, keys and values [B, T, heads * D or Dv] of x [B, T, H]; see `grouped_rows`."""
+    if "fused" not in weights:
+        return linear(x, weights["query"]), linear(x, weights["key"]), linear(x, weights["value"])
+    rows, (first, second) = linear(x, weights["fused"]), weights["ends"]
+    return rows[..., :first], rows[..., first:second], rows[..., second:]
 
 
 def _heads(x, width):
@@ -89,22 +87,21 @@ class GroupedQueryAttention(nn.Cell):
         super().__init__()
         heads, groups = attention.num_heads // ranks.tensor, attention.num_kv_heads // ranks.tensor     # of this rank
         hidden, width, value, bias = plan.hidden_size, attention.head_dim, attention.v_head_dim, attention.bias
-        self.weights, self.fused = {"width": width, "value_width": value}, attention.fused
-        if self.fused:
-            ends = heads * width, (heads + groups) * width, (heads + groups) * width + groups * value
-            self.qkv_proj = Linear(hidden, ends[2], plan, bias=bias)
-            self.weights |= {name: {"first": first, "end": end}
-                             for name, first, end in zip(("query", "key", "value"), (0, *ends), ends)}
+        self.weights = {"width": width, "value_width": value}
+        if attention.fused:
+            ends = heads * width, (heads + groups) * width
+            self.qkv_proj = Linear(hidden, ends[1] + groups * value, plan, bias=bias)
+            self.weights |= {"fused": self.qkv_proj.matrix, "ends": ends}
         else:
             self.q_proj = Linear(hidden, heads * width, plan, bias=bias)
             self.k_proj = Linear(hidden, groups * width, plan, bias=bias)
             self.v_proj = Linear(hidden, groups * value, plan, bias=bias)
             self.weights |= {"query": self.q_proj.matrix, "key": self.k_proj.matrix, "value": self.v_proj.matrix}
         self.o_proj = Linear(heads * value, hidden, plan, bias=bias)
-        self.key_norm = attention.key_norm
-        if self.key_norm:
+        self.key_norm = None
+        if attention.key_norm:
             self.k_layernorm = RMSNorm(width, plan)
-            self.weights["key_norm"] = self.k_layernorm.handle
+            self.key_norm = self.k_layernorm.handle
         self.sinks, self.sink_values = attention.sinks, attention.sink_values
         if self.sinks:
             self.param_sink_key = parameter((self.sinks, groups, width), plan)
@@ -119,33 +116,27 @@ class GroupedQueryAttention(nn.Cell):
 
         cache: None, or this layer's tensors by name (`plan.GroupedQueryAttention.cache_tensors`), updated in place.
         """
-        x, weights = self.copy(x), self._shared_weights()
-        if self.fused:
-            x = linear(x, self.qkv_proj.matrix)
-        q = grouped_query(x, weights, step)
-        keys, values = grouped_keys_values(x, weights, cache, step)
-        heads = grouped_attention(q, keys, values, step["visible"][self.window], self.scale, self._sink_rows(weights))
+        norm = self._shared_norm()
+        q, keys, values = grouped_rows(self.copy(x), self.weights, norm, cache, step)
+        heads = grouped_attention(q, keys, values, step["visible"][self.window], self.scale, self._sink_rows(norm))
         if not self.sharded:
             return linear(heads, self.out), ()
         # Ranks add up what their heads give; the output's bias is added once.
         return add_bias(self.reduce(linear(heads, without_bias(self.out))), self.out), ()
 
-    def _shared_weights(self):
-        """`weights`; tensor parallel ranks sum the gradient of the norm, which all of their different keys have."""
-        if not self.sharded or not self.key_norm:
-            return self.weights
-        weights, norm = self.weights, self.weights["key_norm"]
-        return {"query": weights["query"], "key": weights["key"], "value": weights["value"],
-                "width": weights["width"], "value_width": weights["value_width"],
-                "key_norm": {"weight": self.copy(norm["weight"]), "eps": norm["eps"]}}
+    def _shared_norm(self):
+        """`key_norm`; tensor parallel ranks sum its gradient, for all of their different keys have it."""
+        if not self.sharded or self.key_norm is None:
+            return self.key_norm
+        return {"weight": self.copy(self.key_norm["weight"]), "eps": self.key_norm["eps"]}
 
-    def _sink_rows(self, weights):
+    def _sink_rows(self, norm):
         """Keys and values of the sinks, as `grouped_attention` takes them."""
         if not self.sinks:
             return None
         keys = self.param_sink_key
-        if self.key_norm:
-            keys = rms_norm(keys, weights["key_norm"])
+        if norm is not None:
+            keys = rms_norm(keys, norm)
         if self.sink_values:
             return {"keys": keys, "values": self.param_sink_value}
-        return {"keys": keys, "values": ops.zeros(keys.shape[:2] + (weights["value_width"],), keys.dtype)}
+        return {"keys": keys, "values": ops.zeros(keys.shape[:2] + (self.weights["value_width"],), keys.dtype)}

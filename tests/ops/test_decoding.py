@@ -63,12 +63,18 @@ def sparse(batch, length, start, k, **shape):
     return (*arguments, indices.reshape(batch, length, k), heads, scale, eps)
 
 
-def grouped(batch, length, start, heads=6, groups=2, width=8, places=110, hidden=33, bias=True):
-    both, whole = groups * width, heads * width
-    biases = [normal(n) if bias else None for n in (whole, both, both)]
-    return (normal(batch, length, hidden), normal(whole, hidden), biases[0], normal(both, hidden), biases[1],
-            normal(both, hidden), biases[2], normal(batch * places, both), normal(batch * places, both),
-            positions(batch, length, start), *angles(batch, length, width // 2), width, 0.02)
+def grouped(batch, length, start, heads=6, groups=2, width=8, value=8, places=110, hidden=33, bias=True, fused=False):
+    """The whole head is turned, or where values are of another width a part of it."""
+    rows = heads * width, groups * width, groups * value
+    matrices = [(normal(n, hidden), normal(n) if bias else None) for n in ((sum(rows),) if fused else rows)]
+    half = width // 2 if value == width else 2
+    return (normal(batch, length, hidden), *sum(matrices, ()), *[None] * (4 * fused), normal(batch * places, rows[1]),
+            normal(batch * places, rows[2]), positions(batch, length, start), *angles(batch, length, half), width,
+            value, 0.02)
+
+
+def of_normed_keys(*shape, width=10, **sizes):
+    return (*grouped(*shape, width=width, value=7, **sizes), True, normal(width))
 
 
 def index_row(batch, length, start, half=4, hidden=33, dim=14, places=60):
@@ -132,9 +138,11 @@ CASES = [
       [((1, 1, 40), 9), ((1, 1, 140), 130), ((2, 3, 11), 12), ((3, 4, 100), 65)]],
     *[("attend_sparse", lambda: sparse(2, 3, 50, 20, heads=19, latent=32))],
     *[("attend_grouped", lambda t=t, k=k: grouped(*t, **k)) for t, k in
-      [((1, 1, 0), {}), ((1, 4, 1), {"groups": 6}), ((2, 3, 11), {"groups": 1, "width": 14}),
-       ((3, 5, 40), {"bias": False}), ((2, 9, 40), {"heads": 4, "width": 34}),
+      [((1, 1, 0), {}), ((1, 4, 1), {"groups": 6}), ((2, 3, 11), {"groups": 1, "width": 14, "value": 14}),
+       ((3, 5, 40), {"bias": False}), ((2, 9, 40), {"heads": 4, "width": 34, "value": 34}),
        ((1, 1, 2999), {"places": 4100}), ((2, 2, 2000), {"heads": 32, "places": 2100})]],
+    *[("attend_grouped", lambda t=t, k=k: of_normed_keys(*t, **k)) for t, k in
+      [((1, 1, 0), {"fused": True, "bias": False}), ((2, 9, 40), {"fused": True}), ((2, 3, 11), {})]],
     *[("append_index_rows", lambda t=t: index_row(*t)) for t in TOKENS],
     *[("residual_pre", lambda t=t: (streams(*t), *read_by())) for t in [(1, 1), (2, 4)]],
     *[("residual_post", lambda t=t: (*write_by(*t), 1e-5)) for t in [(1, 1), (2, 4)]],
@@ -171,8 +179,8 @@ def test_equals_the_formula(name, make):
 
 def test_every_step_of_decoding_is_here():
     """So that none of them is a formula in silence, and none goes without a comparison."""
-    steps = {"latent_query", "latent_keys", "attention_output", "grouped_query", "grouped_keys_values",
-             "append_index_rows", "select_rows", "residual_pre", "residual_post", "residual_post_pre", "mtp_input",
+    steps = {"latent_query", "latent_keys", "attention_output", "grouped_rows", "append_index_rows",
+             "select_rows", "residual_pre", "residual_post", "residual_post_pre", "mtp_input",
              "moe"}
     assert steps == {name for name, form in vars(cpu).items() if getattr(form, "__module__", "").endswith("decoding")}
 

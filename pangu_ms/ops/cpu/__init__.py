@@ -1,6 +1,6 @@
 """What a CPU computes in place of formulas: compiled operators, for float32."""
 from pangu_ms.ops.cpu.decoding import (
-    append_index_rows, attention_output, grouped_keys_values, grouped_query, latent_keys, latent_query, moe, mtp_input,
+    append_index_rows, attention_output, grouped_rows, latent_keys, latent_query, moe, mtp_input,
     residual_post, residual_post_pre, residual_pre, select_rows,
 )
 from pangu_ms.ops.cpu.formulas import (
@@ -13,7 +13,7 @@ from pangu_ms.ops.cpu.library import available
 __all__ = [
     "absorbed_attention", "append_index_rows", "apply_rope", "attention_output", "available", "choose_experts",
     "cross_entropy", "expanded_attention", "experts_gathered", "experts_grouped", "feed_forward", "gathers_no_rows",
-    "grouped_attention", "grouped_keys_values", "grouped_query", "latent_keys", "latent_query", "latent_rows",
+    "grouped_attention", "grouped_rows", "latent_keys", "latent_query", "latent_rows",
     "linear", "masked_softmax", "mhc_merge", "mhc_post", "mhc_pre", "moe", "mtp_input", "residual_post",
     "residual_post_pre", "residual_pre", "ring_update", "rms_norm", "rotary_angles", "select_rows", "short_conv",
     "swiglu",

@@ -55,44 +55,40 @@ ONE_SHAPE(DecodingRow) {
     return {shapes[0][0], shapes[0][1], shapes[1][0]};
 }
 
-// x [B, T, H], weight [heads * D, H], bias [heads * D] or [0]: there is none, cos, sin, width [D], whose shape alone
-// counts, interleaved -> q [B, T, heads, D], of each head the first 2 * half channels turned
-OPERATOR(DecodingGroupedQuery) {
-    const Angles angles = angles_of(call, 3, *call.bools(6));
-    const int64_t hidden = call.dim(1, 1), all = call.dim(1, 0), head = call.dim(5, 0), rows = call.size(0) / hidden;
-    float* q = call.floats(7);
-    linear(call.floats(0), call.floats(1), rows, hidden, all, q, call.size(2) ? call.floats(2) : nullptr);
-    angles.apply_to_heads(q, rows, all, head);
-}
-
-ONE_SHAPE(DecodingGroupedQuery) {
-    if (ndims[0] != 3) return {-2};
-    return {shapes[0][0], shapes[0][1], shapes[1][0] / shapes[5][0], shapes[5][0]};
-}
-
-// x [B, T, H]; of the keys, then of the values: weight [G * D, H] and bias [G * D] or [0]; kept keys [B * S, G * D] and
-// values, position, cos, sin, D of the keys, interleaved -> the keys [B, T, G * D], turned, which with the values are
-// then kept
-OPERATOR(DecodingKeysValues) {
-    const Tokens tokens = tokens_of(call, 7);
-    const int64_t hidden = call.dim(1, 1), rows = tokens.count(), widths[2] = {call.dim(1, 0), call.dim(3, 0)},
-                  places = call.dim(5, 0) / tokens.batch;
-    float* made[2] = {call.floats(12), scratch(COMPOSED_OWN, rows * widths[1])};
-    for (int i = 0; i < 2; i++) {
+// x [B, T, H]; of queries, then keys, then values: weight [N * D, G * D or G * Dv, H] and bias [..] or [0]: there is
+// none; or the first weight and bias hold the rows of all three, and the others are [0]; norm [D] of each head's keys, or
+// [0]; kept keys [B * S, G * D] and values [B * S, G * Dv], position, cos, sin, width [D], whose shape alone counts, eps,
+// interleaved -> q [B, T, N, D]. Of each head of q and keys the first 2 * half channels are turned; keys and values are
+// then kept.
+OPERATOR(DecodingGroupedRows) {
+    const Tokens tokens = tokens_of(call, 10);
+    const Angles angles = angles_of(call, 11, *call.bools(15));
+    const int64_t hidden = call.dim(0, 2), head = call.dim(13, 0), rows = tokens.count(),
+                  places = call.dim(8, 0) / tokens.batch,
+                  widths[3] = {call.dim(16, 2) * head, call.dim(8, 1), call.dim(9, 1)};
+    float *keys = scratch(COMPOSED_OWN, rows * (widths[1] + widths[2])), *values = keys + rows * widths[1],
+          *made[3] = {call.floats(16), keys, values};
+    const float *weight = nullptr, *bias = nullptr;
+    for (int i = 0; i < 3; i++) {
         const int at = 1 + 2 * i;
-        linear(call.floats(0), call.floats(at), rows, hidden, widths[i], made[i],
-               call.size(at + 1) ? call.floats(at + 1) : nullptr);
+        if (call.size(at)) weight = call.floats(at), bias = call.size(at + 1) ? call.floats(at + 1) : nullptr;
+        linear(call.floats(0), weight, rows, hidden, widths[i], made[i], bias);
+        weight += widths[i] * hidden;                   // where the next rows lie, if they have no weight of their own
+        if (bias) bias += widths[i];
     }
-    angles_of(call, 8, *call.bools(11)).apply_to_heads(made[0], rows, widths[0], call.whole(10));
-    for (int i = 0; i < 2; i++)
+    for (int64_t at = 0; call.size(7) && at < rows * widths[1]; at += head)
+        rms_norm(keys + at, call.floats(7), call.real(14), head, keys + at);
+    for (int i = 0; i < 2; i++) angles.apply_to_heads(made[i], rows, widths[i], head);
+    for (int i = 1; i < 3; i++)
         for (int64_t row = 0; row < rows; row++)
-            memcpy(call.floats(5 + i) + tokens.slot(row, places) * widths[i], made[i] + row * widths[i],
+            memcpy(call.floats(7 + i) + tokens.slot(row, places) * widths[i], made[i] + row * widths[i],
                    widths[i] * sizeof(float));
 }
 
-ONE_SHAPE(DecodingKeysValues) {
+ONE_SHAPE(DecodingGroupedRows) {
     if (ndims[0] != 3) return {-2};
-    return {shapes[0][0], shapes[0][1], shapes[1][0]};
+    const int64_t others = ndims[3] == 2 ? 0 : shapes[8][1] + shapes[9][1];     // rows of keys and values
+    return {shapes[0][0], shapes[0][1], (shapes[1][0] - others) / shapes[13][0], shapes[13][0]};
 }
 
 // embedding [B, T, H], norm [H], hidden [B, T, H], norm [H], projection [H, 2 * H], eps -> x [B, T, H]

@@ -15,8 +15,7 @@ from pangu_ms.ops.cpu.library import absent, operator
 _latent_query = latent_attention.latent_query.formula
 _latent_keys = latent_attention.latent_keys.formula
 _attention_output = latent_attention.attention_output.formula
-_grouped_query = grouped_query_attention.grouped_query.formula
-_grouped_keys_values = grouped_query_attention.grouped_keys_values.formula
+_grouped_rows = grouped_query_attention.grouped_rows.formula
 _append_index_rows = indexer.append_index_rows.formula
 _select_rows = indexer.select_rows.formula
 _residual_pre = residual.residual_pre.formula
@@ -66,24 +65,22 @@ def _convolution(taps, weights):
     return taps, weights["conv"]["weight"]
 
 
-def grouped_query(x, weights, step):
-    query, rope = weights["query"], step["rope"]
-    if not step["decode"] or "first" in query:
-        return _grouped_query(x, weights, step)
-    return operator("DecodingGroupedQuery")(x, without_bias(query)["weight"], _bias(query), rope["cos"], rope["sin"],
-                                            _as_shape(weights["width"]), rope["interleaved"])
-
-
-def grouped_keys_values(x, weights, cache, step):
-    """Decoding: the cache's tensors as they lie, [B * rows, G * D], with the new rows in them."""
-    key, value, rope = weights["key"], weights["value"], step["rope"]
-    if not step["decode"] or "first" in key or "key_norm" in weights:
-        return _grouped_keys_values(x, weights, cache, step)
-    keys, values = cache["keys"], cache["values"]
-    rows = operator("DecodingKeysValues")(x, without_bias(key)["weight"], _bias(key), without_bias(value)["weight"],
-                                          _bias(value), keys, values, step["position"], rope["cos"], rope["sin"],
-                                          weights["width"], rope["interleaved"])
-    return ops.depend(keys, rows), ops.depend(values, rows)
+def grouped_rows(x, weights, key_norm, cache, step):
+    """Decoding: the cache's tensors as they lie, [B * rows, G * D or Dv], with the new rows in them."""
+    if not step["decode"]:
+        return _grouped_rows(x, weights, key_norm, cache, step)
+    if "fused" in weights:
+        fused = weights["fused"]
+        matrices = (without_bias(fused)["weight"], _bias(fused), absent(), absent(), absent(), absent())
+    else:
+        query, key, value = weights["query"], weights["key"], weights["value"]
+        matrices = (without_bias(query)["weight"], _bias(query), without_bias(key)["weight"], _bias(key),
+                    without_bias(value)["weight"], _bias(value))
+    norm, eps = (absent(), 1.0) if key_norm is None else (key_norm["weight"], key_norm["eps"])
+    keys, values, rope = cache["keys"], cache["values"], step["rope"]
+    q = operator("DecodingGroupedRows")(x, *matrices, norm, keys, values, step["position"], rope["cos"], rope["sin"],
+                                        _as_shape(weights["width"]), eps, rope["interleaved"])
+    return q, ops.depend(keys, q), ops.depend(values, q)
 
 
 def _bias(matrix):

@@ -48,8 +48,8 @@ INPUTS = {
     "DecodingTurn": "y norm post mix streams next_norm gamma phi alpha beta eps rounds norm_eps",
     "DecodingAdd": "y norm x eps",
     "DecodingResidual": "x y norm next_norm eps",
-    "DecodingGroupedQuery": "x weight bias cos sin width interleaved",
-    "DecodingKeysValues": "x key key_bias value value_bias keys values position cos sin width interleaved",
+    "DecodingGroupedRows": "x query query_bias key key_bias value value_bias norm keys values position cos sin width "
+                           "eps interleaved",
     "DecodingJoin": "embedding embedding_norm hidden hidden_norm projection eps",
     "DecodingExperts": "x gate bias scale factor gates ups downs shared_gate shared_up shared_down softmax grouped "
                        "normalise",
