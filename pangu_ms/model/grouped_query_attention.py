@@ -14,6 +14,7 @@ from pangu_ms.model.norm import RMSNorm, rms_norm
 from pangu_ms.model.rope import apply_rope
 from pangu_ms.model.sinks import behind_sinks
 from pangu_ms.parallel import collectives
+from pangu_ms.shaping import part
 
 # ---------------------------------------------------------------- the steps of a layer
 
@@ -65,7 +66,7 @@ def _projected(x, weights):
     if "fused" not in weights:
         return linear(x, weights["query"]), linear(x, weights["key"]), linear(x, weights["value"])
     rows, (first, second) = linear(x, weights["fused"]), weights["ends"]
-    return rows[..., :first], rows[..., first:second], rows[..., second:]
+    return part(rows, -1, 0, first), part(rows, -1, first, second), part(rows, -1, second, rows.shape[-1])
 
 
 def _heads(x, width):

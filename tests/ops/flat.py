@@ -195,12 +195,12 @@ def attend_grouped(x, query, query_bias, key, key_bias, value, value_bias, keys,
                    value_width, scale, interleaved=False, norm=None):
     """`grouped_rows`, then `grouped_attention` over what the cache keeps; without a key, of one fused matrix."""
     info = step(position, cos, sin, places=keys.shape[0] // x.shape[0], interleaved=interleaved)
-    weights, first = {"width": width, "value_width": value_width}, projection(query, query_bias)
     if key is None:
         ends = query.shape[0] - keys.shape[1] - values.shape[1], query.shape[0] - values.shape[1]
-        weights = weights | {"fused": first, "ends": ends}
+        weights = {"fused": projection(query, query_bias), "ends": ends, "width": width, "value_width": value_width}
     else:
-        weights = weights | {"query": first, "key": projection(key, key_bias), "value": projection(value, value_bias)}
+        weights = {"query": projection(query, query_bias), "key": projection(key, key_bias),
+                   "value": projection(value, value_bias), "width": width, "value_width": value_width}
     norm = None if norm is None else normed(norm, 1e-3)
     q, keys, values = gqa.grouped_rows(x, weights, norm, {"keys": keys, "values": values}, info)
     return q, gqa.grouped_attention(q, keys, values, info["visible"][0], scale, None)
