@@ -165,7 +165,7 @@ def test_kernels_are_nodes_that_are_launched():
 @pytest.mark.skipif(not library.available(ms.float32), reason="the compiled operators are not built here")
 @pytest.mark.parametrize("name, kernels", [("embedded_tied", 7.25), ("pro_moe_v2", 8.25)])
 def test_a_layer_of_grouped_queries_launches_few_kernels(data, name, kernels):
-    """Norm, rows, attention, output, sum and next norm, feed-forward, sum; the embedding's is one more, and a norm of the
+    """Norm, rows, attention, output, sum and next norm, feed-forward, sum; the embedding's is one more, and a norm of
     sinks."""
     found = bench_kernels.decode_kernels(str(data / name), ("dense",), 4)["dense"]
     assert found["per_trunk_layer"] == kernels

@@ -42,8 +42,8 @@ finish_reason (stop or length), with --chat also reasoning, answer and tool_call
 prefill_tokens, decode_seconds, decode_tokens, tokens_per_second, cache_bytes, drafted and accepted by depth,
 peak_memory_bytes of the process).
 --chat without a prompt is a conversation: /clear forgets it, /thinking on|off|auto, /exit; Ctrl-C ends a reply. In a
-chat reasoning goes to stderr, the answer to stdout. Of several processes the first prints, into its msrun log. Exit code
-0 on success, 2 when the input is wrong, 130 after Ctrl-C.
+chat reasoning goes to stderr, the answer to stdout. Of several processes the first prints, into its msrun log. Exit
+code 0 on success, 2 when the input is wrong, 130 after Ctrl-C.
 """
 SAMPLING = {  # fields of Sampling that are options, and what they mean
     "temperature": "0 is greedy",

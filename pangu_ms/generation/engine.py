@@ -31,7 +31,7 @@ class Engine:
         plan = model.plan
         self.depths = len(plan.mtp_layers) if num_draft_tokens else 0
         self.drafts_grow = first_growing(plan.mtp_layers) is not None
-        if num_draft_tokens:                                                    # rows before a short text lie at the end
+        if num_draft_tokens:                                                   # rows before a short text lie at the end
             capacity = max(capacity, SLACK)
         policy = FixedShapes if device.wants_fixed_shapes() else OpenShapes
         self.shapes = policy(plan, capacity, expected + num_draft_tokens)

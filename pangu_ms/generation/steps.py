@@ -61,7 +61,8 @@ class Step(nn.Cell):
     def construct(self, ids, start, tensors, count=None):
         new = ids[:, :-self.depths] if self.depths else ids
         position = start + arange(new.shape[1])                                 # [B, T]
-        step = self.step_info(position, capacity_of(tensors, self.growing, ids.shape[0]), self.decode, self.sparse, count)
+        capacity = capacity_of(tensors, self.growing, ids.shape[0])
+        step = self.step_info(position, capacity, self.decode, self.sparse, count)
         merged, _ = self.causal_lm.model(new, step, tensors)
         if self.decode:
             shown = merged

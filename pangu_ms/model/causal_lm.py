@@ -36,7 +36,7 @@ class Decoder(nn.Cell):
         layers = ()
         for i in range(self.depth):
             stream, pieces = self.layers[i](stream, step, None if cache is None else cache[i])
-            if cache is None:                                                   # what nobody reads takes long to compile
+            if cache is None:                                                  # what nobody reads takes long to compile
                 layers = layers + ((stream, pieces),)
         return self.merge_mhc_module(stream) if self.streams else stream, layers
 

@@ -37,8 +37,8 @@ class MTPForward(nn.Cell):
 
 
 class TraceForward(nn.Cell):
-    """ids int32 [B, T] -> (merged, final, logits), (stream, pieces) of each trunk layer, (hidden, logits, pieces) of each
-    MTP depth."""
+    """ids int32 [B, T] -> (merged, final, logits), (stream, pieces) of each trunk layer, (hidden, logits, pieces) of
+    each MTP depth."""
 
     def __init__(self, causal_lm):
         super().__init__(auto_prefix=False)

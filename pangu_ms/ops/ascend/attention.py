@@ -85,8 +85,8 @@ def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
     batch, places, row = keys.shape
     weight = dense_weight(kv_b)
     latent = weight.shape[1]
-    if sinks is None or length * indices.shape[2] <= places or not _sparse_takes(heads, latent, row - latent, indices.shape[2],
-                                                               q.dtype):
+    few_rows, topk = length * indices.shape[2] <= places, indices.shape[2]
+    if sinks is None or few_rows or not _sparse_takes(heads, latent, row - latent, topk, q.dtype):
         return _sparse_attention(q, sinks, keys, indices, position, kv_b, scale)
     nope = width - (row - latent)
     up = ops.reshape(weight, (heads, -1, latent))                             # [heads, nope + value, latent]

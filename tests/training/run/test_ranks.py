@@ -29,7 +29,7 @@ def test_expert_ranks_are_data_parallel_ranks(fields):
 
 @pytest.mark.parametrize("change, message", [
     ({"parallel_config": {"data_parallel": 2}}, "makes 2 processes, and this run has 4: start it .*num=2"),
-    ({"parallel_config": {"data_parallel": 4, "expert_parallel": 3}}, "expert_parallel: 3 does not divide data_par.* 4"),
+    ({"parallel_config": {"data_parallel": 4, "expert_parallel": 3}}, "expert_parallel: 3 does not divide data_pa.* 4"),
     ({"parallel_config": {"model_parallel": 4}, "model": {"model_config": {"vocab_size": 90}}},
      "tensor parallel 4 does not divide 90 rows .model.embed_tokens.weight.*: take one of 1, 2$"),
     ({"parallel_config": {"data_parallel": 0}}, "data parallel is 0: wanted a whole number"),
