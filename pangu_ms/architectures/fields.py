@@ -6,6 +6,7 @@ import os
 import types
 import typing
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 from pangu_ms.architectures.tensors import count_parameters
@@ -15,18 +16,22 @@ CONFIG_FILE = "config.json"
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 
 
+@dataclass(frozen=True)
 class Config:
     """What the dataclass of an architecture's config.json inherits: reading, checking, writing back.
 
-    A subclass is a frozen dataclass whose fields have the names of config.json, and besides `extra` (fields of the file
-    that no part of this package reads) and `implied` (fields that the file did not give, with the value they took: not
-    written back while they keep it). One that exists is sound: every contradiction is refused, by the name of the
+    A subclass is a frozen dataclass whose fields have the names of config.json. One that exists is sound: every contradiction is refused, by the name of the
     field, when it is made, and `dataclasses.replace` gives a changed copy, checked again.
+
+    Attributes:
+        extra: fields of the file that no part of this package reads.
+        implied: fields that the file did not give, with the value they took: not written back while they keep it.
 
     Attributes of a subclass:
         REQUIRED: fields that decide the model: no default is safe.
         NULL_WHEN_ABSENT: fields whose defaults belong to one released model.
         SPELLINGS: other name of a field -> the field.
+        OUR_CHOICES: fields that no release has.
         MTP_FIELD: the field with the number of MTP layers; None for an architecture that has none.
 
     For networks and files there are, of a subclass: `plan`, what the network is built from; `tensors`, its `Table`;
@@ -34,13 +39,20 @@ class Config:
     config of a model of these trunk layers alone, renumbered from 0, with or without the MTP layers.
     """
 
+    extra: dict = field(default_factory=dict, repr=False, kw_only=True)
+    implied: dict | None = field(default=None, repr=False, compare=False, kw_only=True)     # None on no made config
+
     REQUIRED: typing.ClassVar[frozenset[str]] = frozenset()
-    NULL_WHEN_ABSENT: typing.ClassVar[tuple[str, ...]] = ()
+    NULL_WHEN_ABSENT: typing.ClassVar[tuple[str, ...]] = ("bos_token_id", "eos_token_id", "pad_token_id")
+    OUR_CHOICES: typing.ClassVar[tuple[str, ...]] = ("compute_dtype",)
     SPELLINGS: typing.ClassVar[dict[str, str]] = {}
     MTP_FIELD: typing.ClassVar[str | None] = None
 
     def __post_init__(self):
         given = self.given_fields()
+        if self.implied is None:                                                # no file gave it
+            object.__setattr__(self, "implied", {name: each.default for name, each in given.items()
+                                                 if each.default is None or name in self.OUR_CHOICES})
         for name in given:
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -123,12 +135,6 @@ class Config:
             file.write("\n")
 
 
-def implied_defaults(config: type[Config], choices: Collection[str]) -> dict[str, Any]:
-    """`implied` of a config that no file gave: what is null, and the fields that are choices of ours."""
-    return {each.name: each.default for each in config.given_fields().values()
-            if each.default is None or each.name in choices}
-
-
 def read_fields(directory: str | os.PathLike) -> dict[str, Any]:
     """The contents of `directory`/config.json; `ConfigError` names the file when it is absent or no JSON object."""
     path = os.path.join(directory, CONFIG_FILE)
@@ -189,6 +195,12 @@ def choice_problems(config: Config, choices: dict[str, Collection]) -> list[str]
         problems.append(f"dtype: found {shown(config.dtype)}, but torch_dtype says {shown(config.torch_dtype)}; "
                         "keep one of them")
     return problems
+
+
+def order_problems(config: Config, orders: Collection[tuple[str, str, str]]) -> list[str]:
+    """Of (field, another, why the first must not be smaller) those in which it is."""
+    return [f"{name}: found {getattr(config, name)}, wanted at least {least} = {getattr(config, least)}: {why}"
+            for name, least, why in orders if getattr(config, name) < getattr(config, least)]
 
 
 def rope_thetas(fields: dict[str, Any]) -> list[Any]:

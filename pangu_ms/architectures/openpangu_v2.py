@@ -2,11 +2,11 @@
 import dataclasses
 import functools
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pangu_ms.architectures.chat import OPENPANGU_V2, Chat
 from pangu_ms.architectures.fields import (
-    COMPUTE_DTYPES, Config, choice_problems, implied_defaults, listed, size_problems,
+    COMPUTE_DTYPES, Config, choice_problems, listed, order_problems, size_problems,
 )
 from pangu_ms.architectures.tensors import (
     ALPHA, COLUMNS, EMBEDDING, EXPERT, FLOAT32, HEAD_COLUMNS, HEAD_ROWS, INT8, NORMAL, ONE, OUTPUT,
@@ -24,7 +24,6 @@ UNPUBLISHED = (
 )
 
 NULL_WHEN_ABSENT = ("block_post_layernorm_idx", "sliding_window_list", "bos_token_id", "eos_token_id", "pad_token_id")
-OUR_CHOICES = ("swa_window_includes_self", "mhc_norm_eps", "mtp_hidden", "compute_dtype")
 CHOICES = {  # values that are implemented: no released model has another
     "model_type": ("openpangu_v2", "pangu_v2_moe"), "mtp_hidden": MTP_HIDDEN, "compute_dtype": COMPUTE_DTYPES,
     "hidden_act": ("silu",), "rope_interleave": (False,), "tie_word_embeddings": (False,), "attention_bias": (False,),
@@ -192,15 +191,12 @@ class PanguConfig(Config):
     mtp_hidden: str = "merged"  # what MTP depth 1 reads: the merged streams before ("merged") or after the final norm
     compute_dtype: str = "float32"
 
-    extra: dict = field(default_factory=dict, repr=False)  # fields of config.json that no part of this package reads
-    # Fields the source did not give, with the value they took: not written back while they keep it.
-    implied: dict = field(default_factory=lambda: dict(_IMPLIED), repr=False, compare=False)
-
     REQUIRED: typing.ClassVar = frozenset((
         "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
         "num_nextn_predict_layers", "num_attention_heads", "n_routed_experts", "n_shared_experts",
         "max_position_embeddings", *UNPUBLISHED)) - {"rope_theta", *NULL_WHEN_ABSENT}
     NULL_WHEN_ABSENT: typing.ClassVar = NULL_WHEN_ABSENT
+    OUR_CHOICES: typing.ClassVar = ("swa_window_includes_self", "mhc_norm_eps", "mtp_hidden", "compute_dtype")
     chat: typing.ClassVar[Chat] = OPENPANGU_V2
     SPELLINGS: typing.ClassVar = {"rope_interleaved": "rope_interleave"}
     MTP_FIELD: typing.ClassVar = "num_nextn_predict_layers"
@@ -346,22 +342,16 @@ class PanguConfig(Config):
         return cls(**known | fields)
 
 
-_IMPLIED = implied_defaults(PanguConfig, OUR_CHOICES)
-
 
 def _order_problems(config: PanguConfig) -> list[str]:
     problems = []
     if config.qk_rope_head_dim % 2:
         problems.append(f"qk_rope_head_dim: found {config.qk_rope_head_dim}, wanted an even number (pairs are rotated)")
-    for name, least, why in (
+    return problems + order_problems(config, (
         ("n_routed_experts", "num_experts_per_tok", "the router picks distinct experts"),
         ("index_head_dim", "qk_rope_head_dim", "the indexer rotates that many dimensions"),
         ("num_hidden_layers", "first_k_dense_replace", "they are the first of the trunk's layers"),
-    ):
-        if getattr(config, name) < getattr(config, least):
-            problems.append(f"{name}: found {getattr(config, name)}, wanted at least {least} = "
-                            f"{getattr(config, least)}: {why}")
-    return problems
+    ))
 
 
 def _layer_problems(config: PanguConfig) -> list[str]:

@@ -6,11 +6,11 @@ family). Needs no MindSpore.
 import dataclasses
 import functools
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pangu_ms.architectures.chat import EMBEDDED_1B, EMBEDDED_7B, Chat
 from pangu_ms.architectures.fields import (
-    COMPUTE_DTYPES, Config, choice_problems, implied_defaults, size_problems,
+    COMPUTE_DTYPES, Config, choice_problems, size_problems,
 )
 from pangu_ms.architectures.tensors import (
     COLUMNS, EMBEDDING, HEAD_COLUMNS, HEAD_ROWS, KV_HEAD_ROWS, NORMAL, ONE, OUTPUT, ROWS, WHOLE, ZERO, Table,
@@ -64,6 +64,13 @@ TIED = Table(
 UNTIED = dataclasses.replace(TIED, last=(*TIED.last, HEAD))
 
 
+def group_problems(config: Config) -> list[str]:
+    """Query heads that their key-value heads cannot share."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    return [f"num_attention_heads: found {heads}, wanted a multiple of num_key_value_heads = {groups}: each serves as "
+            "many"] if heads % groups else []
+
+
 class GroupedQueryConfig(Config):
     """What the members have in common whose blocks are pre-norm ones of grouped-query attention (section 1 of the
     family). A subclass says of each layer what `feed_forward(index)` it has."""
@@ -72,10 +79,9 @@ class GroupedQueryConfig(Config):
         raise NotImplementedError
 
     def head_problems(self) -> list[str]:
-        hidden, heads, groups = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if heads % groups:
-            return [f"num_attention_heads: found {heads}, wanted a multiple of num_key_value_heads = {groups}: each "
-                    "serves as many"]
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        if problems := group_problems(self):
+            return problems
         if self.head_dim is None and hidden % heads:
             return [f"hidden_size: found {hidden}, wanted a multiple of num_attention_heads = {heads}, or head_dim "
                     "beside it"]
@@ -146,14 +152,9 @@ class PanguEmbeddedConfig(GroupedQueryConfig):
 
     compute_dtype: str = "float32"  # our choice
 
-    extra: dict = field(default_factory=dict, repr=False)  # fields of config.json that no part of this package reads
-    # Fields the source did not give, with the value they took: not written back while they keep it.
-    implied: dict = field(default_factory=lambda: dict(_IMPLIED), repr=False, compare=False)
-
     REQUIRED: typing.ClassVar = frozenset((
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"))
-    NULL_WHEN_ABSENT: typing.ClassVar = ("bos_token_id", "eos_token_id", "pad_token_id")
 
     @classmethod
     def from_dict(cls, fields):
@@ -195,6 +196,3 @@ class PanguEmbeddedConfig(GroupedQueryConfig):
         return cls(**{"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 26,
                       "num_attention_heads": 12, "num_key_value_heads": 6, "rope_theta": 4e6,
                       "tie_word_embeddings": True, "dtype": "bfloat16"} | fields)
-
-
-_IMPLIED = implied_defaults(PanguEmbeddedConfig, ("compute_dtype",))

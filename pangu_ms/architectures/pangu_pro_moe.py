@@ -6,11 +6,11 @@ equal groups as it takes experts (section 3 of the family). Needs no MindSpore.
 import dataclasses
 import functools
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pangu_ms.architectures.chat import PRO_MOE, Chat
 from pangu_ms.architectures.fields import (
-    COMPUTE_DTYPES, choice_problems, implied_defaults, listed, size_problems,
+    COMPUTE_DTYPES, choice_problems, listed, size_problems,
 )
 from pangu_ms.architectures.pangu_embedded import LARGEST, MAY_BE_ZERO, UNTIED, GroupedQueryConfig
 from pangu_ms.architectures.tensors import COLUMNS, NORMAL, ONE, OUTPUT, ROUTED, ROUTED_OUTPUT, ROWS, WHOLE, Table
@@ -81,16 +81,12 @@ class PanguProMoEConfig(GroupedQueryConfig):
 
     compute_dtype: str = "float32"  # our choice
 
-    extra: dict = field(default_factory=dict, repr=False)  # fields of config.json that no part of this package reads
-    # Fields the source did not give, with the value they took: not written back while they keep it.
-    implied: dict = field(default_factory=lambda: dict(_IMPLIED), repr=False, compare=False)
-
     REQUIRED: typing.ClassVar = frozenset((
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts",
         "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "rms_norm_eps",
         "max_position_embeddings"))
+    OUR_CHOICES: typing.ClassVar = ("compute_dtype", "bias")
     chat: typing.ClassVar[Chat] = PRO_MOE
-    NULL_WHEN_ABSENT: typing.ClassVar = ("bos_token_id", "eos_token_id", "pad_token_id")
 
     @classmethod
     def from_dict(cls, fields):
@@ -148,6 +144,3 @@ class PanguProMoEConfig(GroupedQueryConfig):
     def pro_moe_72b(cls, **fields) -> "PanguProMoEConfig":
         """openPangu-Pro-MoE-72B, 16B active. `fields` replace single values."""
         return cls(**{"dtype": "bfloat16"} | fields)
-
-
-_IMPLIED = implied_defaults(PanguProMoEConfig, ("compute_dtype", "bias"))

@@ -6,13 +6,14 @@ sides of each sublayer; experts chosen with a bias; one MTP layer (section 4 of 
 import dataclasses
 import functools
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pangu_ms.architectures.chat import PRO_MOE_V2, Chat
 from pangu_ms.architectures.fields import (
-    COMPUTE_DTYPES, Config, choice_problems, implied_defaults, listed, size_problems,
+    COMPUTE_DTYPES, Config, choice_problems, listed, order_problems, size_problems,
 )
 from pangu_ms.architectures.openpangu_v2 import COPIES, DENSE, EMBEDDINGS, HEAD, MOE, MTP
+from pangu_ms.architectures.pangu_embedded import group_problems
 from pangu_ms.architectures.tensors import (
     HEAD_COLUMNS, KV_HEAD_COLUMNS, KV_HEAD_ROWS, NORMAL, ONE, OUTPUT, POST_ATTENTION_NORM, POST_MLP_NORM, WHOLE,
     Table,
@@ -106,10 +107,6 @@ class PanguProMoEV2Config(Config):
 
     compute_dtype: str = "float32"
 
-    extra: dict = field(default_factory=dict, repr=False)  # fields of config.json that no part of this package reads
-    # Fields the source did not give, with the value they took: not written back while they keep it.
-    implied: dict = field(default_factory=lambda: dict(_IMPLIED), repr=False, compare=False)
-
     REQUIRED: typing.ClassVar = frozenset((
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "qk_nope_dim", "qk_rope_dim", "v_channels", "param_sink_number", "rms_norm_eps",
@@ -117,7 +114,6 @@ class PanguProMoEV2Config(Config):
         "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob",
         "routed_scaling_factor", "router_enable_expert_bias", "num_mtp_layers"))
     chat: typing.ClassVar[Chat] = PRO_MOE_V2
-    NULL_WHEN_ABSENT: typing.ClassVar = ("bos_token_id", "eos_token_id", "pad_token_id")
     SPELLINGS: typing.ClassVar = {"num_nextn_predict_layers": "num_mtp_layers", "n_routed_experts": "num_experts"}
     MTP_FIELD: typing.ClassVar = "num_mtp_layers"
 
@@ -134,15 +130,10 @@ class PanguProMoEV2Config(Config):
         return problems or self._order_problems()
 
     def _order_problems(self):
-        problems = []
-        if self.num_attention_heads % self.num_key_value_heads:
-            problems.append(f"num_attention_heads: found {self.num_attention_heads}, wanted a multiple of "
-                            f"num_key_value_heads = {self.num_key_value_heads}: each serves as many")
+        problems = group_problems(self)
         if self.qk_rope_dim % 2:
             problems.append(f"qk_rope_dim: found {self.qk_rope_dim}, wanted an even number (pairs are rotated)")
-        if self.num_experts < self.num_experts_per_tok:
-            problems.append(f"num_experts: found {self.num_experts}, wanted at least num_experts_per_tok = "
-                            f"{self.num_experts_per_tok}: the router picks distinct experts")
+        problems += order_problems(self, (("num_experts", "num_experts_per_tok", "the router picks distinct experts"),))
         outside = [i for i in self.mlp_only_layers if not 0 <= i < self.num_hidden_layers]
         if outside:
             problems.append(f"mlp_only_layers: found {listed(outside)}, wanted 0 to {self.num_hidden_layers - 1}: "
@@ -214,6 +205,3 @@ class PanguProMoEV2Config(Config):
     def r_72b(cls, **fields) -> "PanguProMoEV2Config":
         """openPangu-R-72B-2512, 74B with 15B active. `fields` replace single values."""
         return cls(**{"dtype": "bfloat16"} | fields)
-
-
-_IMPLIED = implied_defaults(PanguProMoEV2Config, ("compute_dtype",))

@@ -6,17 +6,16 @@ sublayer, a plain residual, routers without a selection bias (section 5 of the f
 import dataclasses
 import functools
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pangu_ms.architectures.chat import ULTRA_MOE, Chat
 from pangu_ms.architectures.fields import (
-    COMPUTE_DTYPES, Config, choice_problems, implied_defaults, size_problems,
+    COMPUTE_DTYPES, Config, choice_problems, order_problems, size_problems,
 )
 from pangu_ms.architectures.openpangu_v2 import COPIES, DENSE, EMBEDDINGS, EVERY_LAYER, HEAD, MOE, MTP
 from pangu_ms.architectures.tensors import Table
 from pangu_ms.model.plan import MTP_HIDDEN, FeedForward, LatentAttention, Layer, MoE, Plan
 
-OUR_CHOICES = ("mtp_hidden", "compute_dtype")
 CHOICES = {  # values that are implemented: no released model has another
     "mtp_hidden": MTP_HIDDEN, "compute_dtype": COMPUTE_DTYPES, "hidden_act": ("silu",), "attention_dropout": (0,),
     "attention_bias": (False,), "tie_word_embeddings": (False,), "sandwich_norm": (True,), "rope_interleave": (True,),
@@ -98,15 +97,12 @@ class PanguUltraMoEConfig(Config):
     mtp_hidden: str = "final"  # what the MTP layer reads: the trunk's hidden rows after ("final") or before its norm
     compute_dtype: str = "float32"
 
-    extra: dict = field(default_factory=dict, repr=False)  # fields of config.json that no part of this package reads
-    # Fields the source did not give, with the value they took: not written back while they keep it.
-    implied: dict = field(default_factory=lambda: dict(_IMPLIED), repr=False, compare=False)
-
     REQUIRED: typing.ClassVar = frozenset((
         "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
         "num_attention_heads", "rms_norm_eps", "max_position_embeddings", "num_experts_per_tok",
         "routed_scaling_factor", "sandwich_norm", *SPELLINGS.values()))
     SPELLINGS: typing.ClassVar = SPELLINGS | {"rope_interleaved": "rope_interleave"}
+    OUR_CHOICES: typing.ClassVar = ("mtp_hidden", "compute_dtype")
     chat: typing.ClassVar[Chat] = ULTRA_MOE
     MTP_FIELD: typing.ClassVar = "num_mtp_layers"
 
@@ -116,13 +112,10 @@ class PanguUltraMoEConfig(Config):
         if self.attention_qk_rope_dim % 2:
             problems.append(f"attention_qk_rope_dim: found {self.attention_qk_rope_dim}, wanted an even number (pairs "
                             "are rotated)")
-        for name, least, why in (
+        problems += order_problems(self, (
             ("num_routed_experts", "num_experts_per_tok", "the router picks distinct experts"),
             ("num_hidden_layers", "num_dense_layers", "they are the first of the trunk's layers"),
-        ):
-            if getattr(self, name) < getattr(self, least):
-                problems.append(f"{name}: found {getattr(self, name)}, wanted at least {least} = "
-                                f"{getattr(self, least)}: {why}")
+        ))
         return problems
 
     # ---- what follows from the fields
@@ -180,6 +173,3 @@ class PanguUltraMoEConfig(Config):
     def ultra_moe_718b(cls, **fields) -> "PanguUltraMoEConfig":
         """openPangu Ultra MoE, 718B with 40B active. `fields` replace single values."""
         return cls(**{"dtype": "bfloat16"} | fields)
-
-
-_IMPLIED = implied_defaults(PanguUltraMoEConfig, OUR_CHOICES)

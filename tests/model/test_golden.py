@@ -57,21 +57,23 @@ def test_a_depth_without_rows_is_left_out(model, golden):
 
 def test_config_decides_what_the_first_depth_reads(data, golden, tmp_path):
     """After the final norm it is another function: the golden files hold the default, before it."""
-    fields = json.loads((data / "tiny" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(fields | {"mtp_hidden": "final"}))
-    shutil.copy(data / "tiny" / "model.safetensors", tmp_path)
     wanted = golden("tiny", "T5")
-    found = PanguForCausalLM.from_pretrained(tmp_path).mtp_logits(wanted["ids"])[0].asnumpy()
+    found = first_depth(data / "tiny", tmp_path, wanted["ids"], mtp_hidden="final")
     assert np.abs(found - wanted["mtp1_logits"]).max() > 0.1
 
 
 def test_the_first_depth_of_ultra_may_read_what_is_not_normed(data, golden, tmp_path):
-    fields = json.loads((data / "ultra_moe" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(fields | {"mtp_hidden": "merged"}))
-    shutil.copy(data / "ultra_moe" / "model.safetensors", tmp_path)
     wanted = golden("ultra_moe", "T5")
-    found = PanguForCausalLM.from_pretrained(tmp_path).mtp_logits(wanted["ids"])[0].asnumpy()
+    found = first_depth(data / "ultra_moe", tmp_path, wanted["ids"], mtp_hidden="merged")
     close(found, wanted["mtp1_logits_raw"])
+
+
+def first_depth(source, directory, ids, **changed):
+    """The first MTP depth's logits of a checkpoint with changed fields."""
+    fields = json.loads((source / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(fields | changed))
+    shutil.copy(source / "model.safetensors", directory)
+    return PanguForCausalLM.from_pretrained(directory).mtp_logits(ids)[0].asnumpy()
 
 
 def close(found, wanted):
