@@ -1,5 +1,6 @@
 """Text to ids and back, by the tokenizer that a directory holds. Needs no MindSpore, and fetches nothing."""
 import json
+import os
 import re
 from itertools import groupby
 from pathlib import Path
@@ -178,6 +179,8 @@ class _SentencePiece:
     """
 
     def __init__(self, path, special):
+        # As MindSpore sets it: its own messages can be read by no other implementation, and it may be imported later.
+        os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
         from sentencepiece import SentencePieceProcessor
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
         model, self._special = ModelProto.FromString(path.read_bytes()), {}

@@ -1,6 +1,9 @@
 """openPangu Embedded and its relatives: tokenizer.model, the chat template of section 7, modes of thinking, replies."""
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -207,3 +210,11 @@ def test_a_reply_is_taken_apart_as_its_ids_come(template, text, reply):
         parser.push(decoder.flush())
         parser.flush()
         assert parser.reply == reply
+
+
+def test_mindspore_is_imported_behind_a_tokenizer(family):
+    """As the commands do, in a process of their own."""
+    code = f"from pangu_ms.text.tokenizer import Tokenizer; Tokenizer({str(family('embedded'))!r}); import mindspore"
+    given = {name: value for name, value in os.environ.items() if not name.startswith("PROTOCOL_BUFFERS")}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
