@@ -46,7 +46,7 @@ TENSORS = dataclasses.replace(
 
 @dataclass(frozen=True)
 class PanguProMoEConfig(GroupedQueryConfig):
-    """All fields of config.json (defaults: openPangu-Pro-MoE-72B) and one choice of ours."""
+    """All fields of config.json (defaults: openPangu-Pro-MoE-72B) and two choices of ours."""
 
     architectures: tuple[str, ...] = ("PanguProMoEForCausalLM",)
     model_type: str = "PanguProMoE"
@@ -80,12 +80,14 @@ class PanguProMoEConfig(GroupedQueryConfig):
     dtype: str | None = None
 
     compute_dtype: str = "float32"  # our choice
+    # Our choice: experts of a group that a decoding step may use, those which most of its tokens choose; None: all.
+    decoding_experts_per_group: int | None = None
 
     REQUIRED: typing.ClassVar = frozenset((
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts",
         "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "rms_norm_eps",
         "max_position_embeddings"))
-    OUR_CHOICES: typing.ClassVar = ("compute_dtype", "bias")
+    OUR_CHOICES: typing.ClassVar = ("compute_dtype", "bias", "decoding_experts_per_group")
     chat: typing.ClassVar[Chat] = PRO_MOE
 
     @classmethod
@@ -106,6 +108,9 @@ class PanguProMoEConfig(GroupedQueryConfig):
         if self.num_experts % self.num_experts_per_tok:
             problems.append(f"num_experts: found {self.num_experts}, wanted a multiple of num_experts_per_tok = "
                             f"{self.num_experts_per_tok}: a token takes one expert of each of so many equal groups")
+        group, kept = self.num_experts // self.num_experts_per_tok, self.decoding_experts_per_group
+        if kept is not None and kept > group:
+            problems.append(f"decoding_experts_per_group: found {kept}, wanted 1 to {group}, as many as a group has")
         if outside := [i for i in dense if not 0 <= i < self.num_hidden_layers]:
             problems.append(f"mlp_only_layers: found {listed(outside)}, wanted 0 to {self.num_hidden_layers - 1}")
         if dense and self.intermediate_size is None:
@@ -120,7 +125,8 @@ class PanguProMoEConfig(GroupedQueryConfig):
         return MoE(self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size,
                    self.shared_expert_intermediate_size, normalise=False, scale=1.0, scoring="softmax",
                    selection_bias=False, groups=self.num_experts_per_tok, router_scale=True,
-                   shared_name="shared_expert", balance_loss_coeff=self.router_aux_loss_coef)
+                   shared_name="shared_expert", balance_loss_coeff=self.router_aux_loss_coef,
+                   decoding_experts_per_group=self.decoding_experts_per_group)
 
     @property
     def tensors(self) -> Table:

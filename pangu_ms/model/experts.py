@@ -155,7 +155,9 @@ class MoELayer(nn.Cell):
             factor = self.router_scale = parameter((1, moe.num_experts), plan, ms.float32, "ones")
         scale = ms.Tensor([moe.scale] * moe.experts_per_token, ms.float32)                  # by choice
         self.router = {"gate": self.gate.matrix, "bias": bias, "scale": scale, "normalise": moe.normalise,
-                       "scoring": moe.scoring, "grouped": moe.groups is not None, "factor": factor}    # for `route`
+                       "scoring": moe.scoring, "grouped": moe.groups is not None, "factor": factor,
+                       "kept": None}                                            # for `route`
+        self.decoding_router = self.router | {"kept": moe.decoding_experts_per_group}
         self.experts = Experts(moe, plan, ranks)
         shared = FeedForward(moe.shared_intermediate_size, plan, ranks)
         setattr(self, moe.shared_name, shared)                                  # the release's name
@@ -165,9 +167,10 @@ class MoELayer(nn.Cell):
 
     def construct(self, x, step):
         decode = step["decode"]
+        router = self.decoding_router if decode else self.router
         if self.alone or decode and self.together:                              # which has no gradients to sum
-            y, routing = moe(x, self.router, self.experts.matrices, self.shared, decode)
+            y, routing = moe(x, router, self.experts.matrices, self.shared, decode)
             return self.reduce(y), routing
-        routing = route(x, self.router)
+        routing = route(x, router)
         seen, weights = self.copy(x), self.copy(routing["weights"])
         return self.reduce(self.experts(seen, routing["ids"], weights) + feed_forward(seen, self.shared)), routing

@@ -150,6 +150,8 @@ class MoE:
         router_scale: a learned factor by expert, which the choice does not see.
         shared_name: of the shared expert, in the names of its tensors.
         balance_loss_coeff: weight of the balance loss where training sets none.
+        decoding_experts_per_group: in decoding, the tokens of a step choose among that many experts of a group (see
+            `router.most_voted`); None: among all.
     """
 
     num_experts: int
@@ -164,6 +166,7 @@ class MoE:
     router_scale: bool = False
     shared_name: str = "shared_experts"
     balance_loss_coeff: float = 0.0
+    decoding_experts_per_group: int | None = None
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,13 @@ def choose_experts(logits, router):
     """The best K by score + bias, of all or one of each group -> ids int32 and weights [..., K].
 
     logits float32 [..., E]. router: scoring, see `expert_scores`; bias [E], which chooses and does not weigh; grouped:
-    the best of each of K equal groups, in the order of the groups; scale [K], a factor by choice; normalise: the
-    weights are divided by their sum.
+    the best of each of K equal groups, in the order of the groups; kept, a number or None: of a group only that many,
+    see `most_voted`; scale [K], a factor by choice; normalise: the weights are divided by their sum.
     """
     score, scale = expert_scores(logits, router["scoring"]), router["scale"]
-    if router["grouped"]:
+    if router["kept"] is not None:
+        ids = best_of_groups(most_voted(score + router["bias"], scale.shape[0], router["kept"]), scale.shape[0])
+    elif router["grouped"]:
         ids = best_of_groups(score + router["bias"], scale.shape[0])
     else:
         ids = top_k(score + router["bias"], scale.shape[0])
@@ -43,6 +45,22 @@ def choose_experts(logits, router):
 def expert_scores(logits, scoring):
     """float32 [..., E] -> the scores: "sigmoid" of each logit, or "softmax" over all experts."""
     return softmax(logits) if scoring == "softmax" else sigmoid(logits)
+
+
+def most_voted(score, groups, kept):
+    """[..., E] -> the same, with no chance for an expert that is not among the `kept` of its group which are the best
+    one for the most tokens (of equal votes: the first).
+
+    All tokens of a step together then need `kept` experts of a group at most. This is how openPangu Pro MoE decodes
+    batches on Atlas 300I Duo, not what the model computes.
+    """
+    size = score.shape[-1] // groups
+    best = ops.reshape(best_of_groups(score, groups), (-1, 1))                  # [N * groups, 1]
+    votes = ops.sum(ops.cast(best == arange(groups * size), ms.float32), 0)     # [E]
+    votes = ops.reshape(votes, (groups, size)) * size - ops.cast(arange(size), ms.float32)        # of which none are equal
+    winners = top_k(votes, kept) + ops.reshape(arange(groups) * size, (-1, 1))  # [groups, kept]
+    won = ops.sum(ops.cast(ops.reshape(winners, (-1, 1)) == arange(groups * size), ms.float32), 0) > 0        # [E]
+    return ops.select(won, score, ops.full_like(score, -1.0))                   # a score by softmax is positive
 
 
 def best_of_groups(score, groups):

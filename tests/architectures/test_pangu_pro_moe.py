@@ -56,6 +56,8 @@ def test_some_layers_may_be_dense():
      "of PanguProMoEForCausalLM, but of PanguProMoEV2ForCausalLM"),
     ({"bias": False}, "bias: found False, wanted True: nothing else is implemented"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings: found True, wanted False"),
+    ({"decoding_experts_per_group": 9}, "decoding_experts_per_group: found 9, wanted 1 to 8, as many as a group has"),
+    ({"decoding_experts_per_group": 0}, "decoding_experts_per_group: found 0, wanted"),
     ({"num_key_value_heads": 7}, "num_attention_heads: found 40, wanted a multiple of num_key_value_heads = 7"),
 ])
 def test_refusals(change, message):

@@ -78,13 +78,13 @@ def matrices(gate, up, down):
     return {"gate": matrix(gate), "up": matrix(up), "down": matrix(down)}
 
 
-def routing(gate, bias, scale, normalise, scoring, grouped, factor):
+def routing(gate, bias, scale, normalise, scoring, grouped, factor, kept=None):
     return {"gate": gate, "bias": bias, "scale": scale, "normalise": normalise, "scoring": scoring,
-            "grouped": grouped, "factor": factor}
+            "grouped": grouped, "factor": factor, "kept": kept}
 
 
-def choose_experts(logits, bias, scale, normalise, scoring, grouped):
-    return router.choose_experts(logits, routing(None, bias, scale, normalise, scoring, grouped, None))
+def choose_experts(logits, bias, scale, normalise, scoring, grouped, kept=None):
+    return router.choose_experts(logits, routing(None, bias, scale, normalise, scoring, grouped, None, kept))
 
 
 def experts_gathered(x, ids, weights, gate, up, down):

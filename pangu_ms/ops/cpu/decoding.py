@@ -153,8 +153,8 @@ def mtp_input(embedding, hidden, weights, step):
 
 
 def moe(x, router, experts, shared, decode):
-    """Decoding: without the router's logits."""
-    if not decode:
+    """Decoding: without the router's logits. A choice that the tokens of a step make together is left to the formula."""
+    if not decode or router["kept"] is not None:
         return _moe(x, router, experts, shared, decode)
     factor = _ones(router["bias"].shape[0]) if router["factor"] is None else router["factor"]
     y, ids, weights = operator("DecodingExperts")(

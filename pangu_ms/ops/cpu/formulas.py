@@ -1,8 +1,10 @@
 """Forms of single formulas, with gradients: compiled operators. Each has the name and the arguments of what it
 replaces."""
 from pangu_ms.cache import rings
+from pangu_ms.model import router as routing
 from pangu_ms.ops.cpu.library import absent, operator
 
+_choose_experts = routing.choose_experts.formula
 _ring_update = rings.ring_update.formula
 
 
@@ -85,6 +87,8 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
 
 
 def choose_experts(logits, router):
+    if router["kept"] is not None:
+        return _choose_experts(logits, router)
     return operator("Route")(logits, router["bias"], router["scale"], router["scoring"] == "softmax",
                              router["grouped"], router["normalise"])
 
