@@ -90,7 +90,7 @@ class Questions:
     """Draws (question, reasoning, answer) about things that can be checked.
 
     Args:
-        files: of `library_files`, for questions about functions and the words to spell.
+        files: of `library_files`, for questions about functions and the words to spell; () leaves those out.
         seed: of all draws.
     """
 
@@ -100,6 +100,8 @@ class Questions:
         self._words = sorted({part for name in self._functions for part in name.split("_")
                               if part.isalpha() and part.islower() and 3 <= len(part) <= 6})
         self._kinds = [self._module, self._arguments, self._sum, self._product, self._backwards, self._capital]
+        if not files:
+            self._kinds = [self._sum, self._product, self._capital]
 
     def chat(self) -> dict:
         """{"messages", "thinking"}: one or two questions, behind a system message now and then."""

@@ -45,7 +45,7 @@ def family(data, tmp_path_factory):
     of the family, which lies in it; without weights and without a chat template."""
     @functools.cache
     def make(name):
-        from tests.text.family_tokenizer import save_family_tokenizer
+        from tests.text.family_texts import save_family_tokenizer
         path = tmp_path_factory.mktemp(name)
         vocab_size = save_family_tokenizer(path)
         config = json.loads((data / name / "config.json").read_text())

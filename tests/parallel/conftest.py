@@ -15,25 +15,25 @@ from pangu_ms.architectures.tensors import parameters
 from tests import launch
 
 CONFIG = PanguConfig(
-    vocab_size=96, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+    vocab_size=96, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=1,
     num_nextn_predict_layers=1, num_attention_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8,
-    qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=1,
-    mhc_recur_norm=4, mhc_num_stream=2, block_post_layernorm_idx=(1,), param_sink_number=4, dsa_layers=(0,),
-    swa_layers=(1, 2), sliding_window_list=(6, 6), index_n_heads=2, index_head_dim=16, index_topk=8,
+    qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=8, num_experts_per_tok=3, first_k_dense_replace=0,
+    mhc_recur_norm=4, mhc_num_stream=2, block_post_layernorm_idx=(0,), param_sink_number=4, dsa_layers=(0,),
+    swa_layers=(1,), sliding_window_list=(6,), index_n_heads=2, index_head_dim=16, index_topk=8,
     max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 
 GROUPED = PanguEmbeddedConfig(
-    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
     num_key_value_heads=2, rope_theta=1e4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
     eos_token_id=None, pad_token_id=None)
 
 FUSED = PanguProMoEV2Config(
-    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
     num_key_value_heads=2, qk_nope_dim=6, qk_rope_dim=4, v_channels=8, param_sink_number=3, rope_theta=1e4,
     max_position_embeddings=256, mlp_only_layers=(0,), num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16,
     shared_expert_intermediate_size=32, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 MIXED = PanguProMoEConfig(
-    vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_experts=12,
+    vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_experts=12,
     num_experts_per_tok=4, moe_intermediate_size=16, shared_expert_intermediate_size=24, rope_theta=1e4,
     max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 LATENT = PanguUltraMoEConfig(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from family_tokenizer import MARKS
 
 from pangu_ms.architectures import ARCHITECTURES
 from pangu_ms.architectures.chat import (
@@ -15,7 +16,7 @@ from pangu_ms.errors import PanguError
 from pangu_ms.text.chat_template import ChatTemplate
 from pangu_ms.text.reply import Reply
 from pangu_ms.text.tokenizer import Tokenizer
-from tests.text.family_tokenizer import MARKS, save_family_tokenizer
+from tests.text.family_texts import save_family_tokenizer
 
 USER = {"role": "user", "content": "Capital of Peru?"}
 SYSTEM = "[unused9]系统：[unused10]"
