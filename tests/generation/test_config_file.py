@@ -161,7 +161,8 @@ generation_config: {do_sample: False, use_past: True, max_new_tokens: 5}
 
 def test_a_file_like_mindformers_own_is_read(file, data):
     found = read_predict_file(file(MINDFORMERS))
-    assert found.context == {"max_device_memory": "59GB"}
+    assert found.context == {"max_device_memory": "59GB", "save_graphs": False, "save_graphs_path": "./graph",
+                             "ascend_config": {"precision_mode": "must_keep_origin_dtype"}}
     given = build_parser().parse_args(found.options)
     assert (given.model, given.dtype, given.tensor_parallel, given.seed) == ("somewhere", "bfloat16", 2, 0)
     found.check(PanguConfig.from_pretrained(data / "tiny"), "tiny")
@@ -175,12 +176,14 @@ def test_a_file_like_mindformers_own_is_read(file, data):
     ("generation_config: {num_beams: 4}", "generation_config.num_beams: found 4, wanted 1: pangu-generate does"),
     ("model: 3", "model holds 3, wanted keys"),
     ("model: {model_config: 3}", "model.model_config holds 3, wanted keys"),
-    ("context: {mode: 1}", "context.mode: found 1, wanted 0 or 'GRAPH_MODE': pangu-generate does nothing else"),
+    ("context: {mode: 1}", "context.mode: found 1, wanted 0 or 'GRAPH_MODE': the network is"),
     ("context: {device_targets: CPU}", "context.device_targets: no such key; did you mean device_target?"),
     ("context: {device_target: 3}", "context.device_target: found 3, wanted Ascend or CPU"),
     ("context: {device_id: -1}", "context.device_id: found -1, wanted a number of at least 0"),
     ("context: {max_device_memory: 58}", "context.max_device_memory: found 58, wanted such as 58GB"),
-    ("context: {ascend_config: {precision_mode: force_fp16}}", "ascend_config.precision_mode: found 'force_fp16'"),
+    ("context: {ascend_config: {precision_mode: fp16}}", "context.ascend_config.precision_mode: found 'fp16'"),
+    ("context: {affinity_cpu_list: {device0: [0-1]}}", "affinity_cpu_list: found {'device0': ['0-1']}, wanted 'None' or"),
+    ("context: {jit_config: {jit_levl: O0}}", "context.jit_config.jit_levl: no such key; did you mean jit_level?"),
     ("context: {jit_config: {jit_level: O2}}", "context.jit_config.jit_level: found 'O2', wanted 'O0'"),
     ("{use_parallel: true, parallel_config: {pipeline_stage: 2}}", "parallel_config.pipeline_stage: found 2, wanted 1"),
     ("{use_parallel: true, parallel_config: {data_parallel: 2}}", "data_parallel: found 2, wanted 1 or expert_"),

@@ -1,0 +1,82 @@
+"""The keys of a YAML file for training, checked against the table of `key_table.py`. Needs no MindFormers."""
+from pangu_ms.architectures import config_class, config_from_dict
+from pangu_ms.checkpoint.directory import read_config
+from pangu_ms.errors import ConfigError, one_line
+from pangu_ms.training.objectives.settings import TrainingSettings
+from pangu_ms.training.run.key_table import KEYS, READ_THEIR_OUTPUTS
+from pangu_ms.yaml_file import check_section
+from pangu_ms.yaml_keys import read_section
+
+RANKS = ("data_parallel", "model_parallel", "expert_parallel")
+
+
+def read_keys(fields: dict) -> dict:
+    """A file's sections with every value as it is meant: 4e-3, which YAML takes for text, is a number.
+
+    Raises:
+        ConfigError: the first key that is unknown, without an effect, or of a value that cannot be.
+    """
+    read = read_section("", fields, KEYS)
+    given = (fields.get("train_dataset_task") or {}).get("dataset_config")
+    if given not in (None, fields.get("train_dataset")):
+        raise ConfigError("train_dataset_task.dataset_config: found other keys than those of train_dataset, which "
+                          "MindFormers puts there; leave it out")
+    return read
+
+
+def check_keys(fields: dict) -> None:
+    """`ConfigError` for keys of completed sections that contradict each other, or lack what they need."""
+    TrainingSettings.from_dict(fields["pangu_training"])
+    _check_model(fields)
+    _check_parts(fields)
+    _check_steps(fields)
+    _check_ranks(fields)
+
+
+def _check_model(fields):
+    weights, directory = fields.get("load_checkpoint"), fields.get("pretrained_model_dir")
+    if weights and directory and weights != directory:
+        raise ConfigError(f"pretrained_model_dir: found {directory}, but load_checkpoint is {weights}: config.json and "
+                          "weights come from one directory; give one of the two")
+    model_config = fields["model"]["model_config"]
+    extra = read_config(weights or directory).extra if weights or directory else {}
+    check_section("model.model_config", model_config, [*config_class(model_config).given_fields(), *extra])
+    try:
+        config_from_dict(model_config)
+    except ConfigError as error:
+        raise ConfigError(f"model.model_config: {one_line(error)}") from None
+
+
+def _check_parts(fields):
+    """Callbacks and wrappers must speak of the same outputs."""
+    types = [each.get("type") for each in fields["callbacks"]]
+    wrapper = fields["runner_wrapper"].get("type")
+    ours = {"PanguMonitor", "PanguCheckpoint"} & set(types)
+    if ours and wrapper != "PanguTrainStep":
+        raise ConfigError(f"runner_wrapper.type: found {wrapper}, but callbacks name {min(ours)}, which reads what "
+                          "PanguTrainStep gives; take that or other callbacks")
+    for each in set(types) & set(READ_THEIR_OUTPUTS):
+        if wrapper == "PanguTrainStep":
+            raise ConfigError(f"callbacks.{each}: it reads what MFTrainOneStepCell gives and would take the numbers of "
+                              "PanguTrainStep for others; take PanguMonitor and PanguCheckpoint")
+
+
+def _check_steps(fields):
+    if fields["runner_config"].get("sink_mode") is None:
+        raise ConfigError("runner_config.sink_mode: left out, which means True in MindFormers, wanted False: log, "
+                          "checkpoints and data are looked after at every step")
+    for name in ("warmup", "decay", "decay_start"):
+        given = [key for key in (f"{name}_steps", f"{name}_ratio") if fields["lr_schedule"].get(key) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"lr_schedule.{given[0]}: found beside {given[1]}, which MindFormers goes by; give one")
+
+
+def _check_ranks(fields):
+    if fields.get("use_parallel"):
+        return
+    for section, keys, wanted in (("parallel_config", RANKS, 1), ("parallel", ("enable_parallel_optimizer",), False)):
+        for key in keys:
+            value = (fields.get(section) or {}).get(key, wanted)
+            if value != wanted:
+                raise ConfigError(f"{section}.{key}: found {value!r}, wanted {wanted!r} while use_parallel is False: "
+                                  "one process holds everything; set use_parallel: True and start by msrun")
