@@ -194,7 +194,7 @@ def _read_typed(full, value, entry, many):
     if "auto_register" in value:  # a class of the user's, which knows its keys
         keys = None
     elif kind not in entry.types:
-        wanted = f"found {kind!r}, wanted one of {', '.join(fits)}" if len(fits) > 1 else f"found {kind}, wanted {fits[0]}"
+        wanted = f"found {kind!r}, wanted {'one of ' if len(fits) > 1 else ''}{', '.join(fits)}"
         near = nearest(kind, fits, "")
         raise ConfigError(f"{full}.type: " + (f"no {kind}{near}" if near else wanted))
     elif isinstance(keys := entry.types[kind], Refused):

@@ -34,7 +34,8 @@ ARROWS = {
     "pretrained": "architectures checkpoint device errors model parallel",
     "generation": "architectures cache checkpoint device errors model parallel plan pretrained shaping text yaml_file "
                   "yaml_keys",
-    "training": "architectures checkpoint conversion errors model parallel pretrained shaping text yaml_file yaml_keys",
+    "training": "architectures checkpoint conversion device errors model parallel pretrained shaping text yaml_file "
+                "yaml_keys",
     "estimate": "architectures cache errors generation model parallel plan training yaml_file",
     "env": "device",
 }

@@ -142,7 +142,8 @@ def read_predict_file(path: str) -> PredictFile:
     sections = {name: _section(path, name, fields.get(name)) for name in ("generation_config", "model")}
     for name, section in sections.items():
         _check_section(path, name, section)
-    generation, context = sections["generation_config"], _context(path, _section(path, "context", fields.get("context")))
+    generation = sections["generation_config"]
+    context = _context(path, _section(path, "context", fields.get("context")))
     model_config = _section(path, "model.model_config", sections["model"].get("model_config"))
     parallel = _parallel_options(path, fields)
     options = {"model": _model(path, fields), "dtype": model_config.get("compute_dtype"), **parallel,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pangu_ms import device
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.errors import ConfigError, PanguError
 from pangu_ms.generation.command import build_parser, main
@@ -131,6 +132,19 @@ def test_the_command_compares_before_it_loads(file, engine, data, capsys):
     error = capsys.readouterr().err
     assert "model.model_config.num_hidden_layers: found 3, but" in error and error.count("\n") == 1
     assert engine.loaded is None
+
+
+def test_the_device_is_started_with_the_context(file, engine, data, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(device, "start", lambda **context: started.append(context))
+    context = {"device_target": "CPU", "max_call_depth": 20000, "jit_config": {"jit_level": "O0", "infer_boost": "on"}}
+    fields = {"load_checkpoint": str(data / "tiny"), "generation_config": {"max_new_tokens": 2}, "context": context}
+    assert main(["--config", file(fields), "--token-ids", "5"]) == 0
+    assert started == [context | {"jit_config": {"jit_level": "O0"}}]
+    context["device_target"] = "Ascend"
+    assert main(["--config", file(fields), "--token-ids", "5"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "predict.yaml: context.device_target: found Ascend, but MindSpore has none here; give CPU" in error
 
 
 # ---- what MindFormers' own files hold

@@ -275,8 +275,10 @@ SCHEDULES = {
     ("PolynomialWithWarmUpLR", "polynomial"): WARMUP | END | DECAY | STEEP,
     ("WarmUpStableDecayLR",): WARMUP | END | STABLE,
     ("ConstantWithCoolDownLR",): WARMUP | CYCLES | DECAY | DECAY_RATIO | {
-        "keep_steps": Applied("steps of the highest rate", ZERO), "lr_end1": Applied("the cosine's last", NOT_NEGATIVE),
-        "final_steps": Applied("steps of a linear end", ZERO), "lr_end2": Applied("the last rate", or_none(NOT_NEGATIVE))},
+        "keep_steps": Applied("steps of the highest rate", ZERO),
+        "lr_end1": Applied("the cosine's last", NOT_NEGATIVE),
+        "final_steps": Applied("steps of a linear end", ZERO),
+        "lr_end2": Applied("the last rate", or_none(NOT_NEGATIVE))},
     ("CosineAnnealingLR", "cosine_annealing"): ANNEAL | {"t_max": Applied("steps of half a wave", ONE, needed=True)},
     ("CosineAnnealingWarmRestarts", "cosine_annealing_warm_restarts"): ANNEAL | {
         "t_0": Applied("steps of the first wave", ONE, needed=True), "t_mult": Applied("growth of the waves", ONE)},
@@ -288,14 +290,11 @@ LR_TYPES = {name: dict.fromkeys(sorted(_ALL), Refused(f"{name} does not read it"
 
 CLIP = {"use_clip_grad": Applied("whether gradients are scaled down", BOOL),
         "max_grad_norm": Applied("to this norm", POSITIVE)}
-THEIRS = CLIP | {"scale_sense": Applied("loss scale"), "local_norm": Applied("norms of single parameters", BOOL)}
-WRAPPERS = {"PanguTrainStep": CLIP, "MFTrainOneStepCell": THEIRS, "mf_wrapper": THEIRS,
-            **dict.fromkeys(("MFPipelineWithLossScaleCell", "pipeline_wrapper"),
-                            Refused("there are no pipeline stages"))}
+WRAPPERS = {"PanguTrainStep": CLIP, **dict.fromkeys(
+    ("MFTrainOneStepCell", "mf_wrapper", "MFPipelineWithLossScaleCell", "pipeline_wrapper"),
+    Refused("it reads sizes that MindFormers' own models have"))}
 
-OUTPUTS = "it reads what MindFormers' wrappers give; PanguMonitor shows and logs a PanguTrainStep"
-# They go with the wrapper MFTrainOneStepCell; with PanguTrainStep they would take its numbers for others.
-READ_THEIR_OUTPUTS = ("MFLossMonitor", "CheckpointMonitor")
+OUTPUTS = "it would take the numbers of a PanguTrainStep for others; take PanguMonitor"
 CALLBACKS = {
     "PanguMonitor": {},
     "PanguCheckpoint": {"save_checkpoint_steps": Applied("a checkpoint after so many steps", ONE),
@@ -308,12 +307,13 @@ CALLBACKS = {
     "SDCMonitor": {"step_interval": Applied("steps between looks at the device's log", ONE),
                    "strike_window_time": Applied("minutes", ONE), "strike_num": Applied("errors", ONE),
                    "checksum_time": Applied("minutes", ONE), "checksum_cooldown_time": Applied("minutes", ONE)},
-    **dict.fromkeys(READ_THEIR_OUTPUTS),
-    **dict.fromkeys(("TrainingStateMonitor", "LossMonitor", "SummaryMonitor", "SummaryCollector", "MoEDropRateCallback",
-                     "History", "EarlyStopping", "ReduceLROnPlateau", "BackupAndRestore", "ModelCheckpoint",
-                     "FlopsUtilizationCollector", "TrainFaultTolerance", "OnRequestExit"), Refused(OUTPUTS)),
+    **dict.fromkeys(("MFLossMonitor", "TrainingStateMonitor", "LossMonitor", "SummaryMonitor", "SummaryCollector",
+                     "MoEDropRateCallback", "History", "EarlyStopping", "ReduceLROnPlateau", "BackupAndRestore",
+                     "ModelCheckpoint", "FlopsUtilizationCollector", "TrainFaultTolerance", "OnRequestExit"),
+                    Refused(OUTPUTS)),
     **dict.fromkeys(("ColdHotExpertMonitor", "ExpertMigrateCallback"),
                     Refused("it moves experts of MindFormers' own models; leave it out")),
+    "CheckpointMonitor": Refused("it writes MindFormers' checkpoints; take PanguCheckpoint"),
     "TopkBiasBalanceCallback": Refused("give pangu_training.router_bias_update_rate, which moves selection biases"),
     "MaxLogitsMonitor": Refused("it resets logits of MindFormers' own models; leave it out"),
     "EvalCallBack": Refused("MindFormers makes it itself, for do_eval"),

@@ -20,8 +20,8 @@ from mindformers.tools.register.template import ConfigTemplate
 from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore import ops
-from mindspore.device_context.ascend.device import is_available
 
+from pangu_ms import device
 from pangu_ms.architectures import ARCHITECTURES, config_class, config_from_dict
 from pangu_ms.checkpoint.directory import read_config
 from pangu_ms.errors import ConfigError, PanguError
@@ -290,9 +290,8 @@ def train(fields, output_dir, resume=None, state=None):
 def check_device(fields):
     """`ConfigError` when this process has not the device; MindFormers' own default is Ascend."""
     wanted = (fields.get("context") or {}).get("device_target", "Ascend")
-    if wanted == "Ascend" and not is_available():
-        raise ConfigError("context.device_target: found Ascend, but MindSpore has none here; give CPU, or see python -m "
-                          "pangu_ms.env for what is missing")
+    if not device.available(wanted):
+        raise ConfigError(f"context.device_target: {device.NO_ASCEND}")
 
 
 def mindformers_config(fields, output_dir):

@@ -40,7 +40,7 @@ def changed(**values):
     ({"runner_config__bacth_size": 4}, "runner_config.bacth_size: no such key; did you mean batch_size?"),
     ({"context__device_taget": "CPU"}, "context.device_taget: no such key; did you mean device_target?"),
     ({"context__jit_config": {"jit_levl": "O0"}}, "context.jit_config.jit_levl: no such key; did you mean jit_level?"),
-    ({"callbacks__1__save_chekpoint_steps": 1}, "PanguCheckpoint.save_chekpoint_steps: no such key; did you mean save_"),
+    ({"callbacks__1__save_chekpoint_steps": 1}, "save_chekpoint_steps: no such key; did you mean save_"),
     ({"use_paralel": True}, "use_paralel: no such key; did you mean use_parallel?"),
     ({"zzz": 1}, "zzz: no such key; leave it out"),
     ({"train_dataset__data_loader__num_shards": 2}, "data_loader.num_shards: no such key"),
@@ -76,8 +76,8 @@ def changed(**values):
     ({"optimizer__type": None}, "optimizer.type: found None, wanted one of PanguMuon, AdamW, "),
     ({"optimizer__type": "Muon"}, "optimizer.type: found Muon: it reads parts of .* take PanguMuon"),
     ({"lr_schedule__type": "CosineWithWarmupLR"}, "lr_schedule.type: no CosineWithWarmupLR; did you mean CosineWithW"),
-    ({"callbacks__0__type": "TopkBiasBalanceCallback"}, "callbacks.0.type: found TopkBias.* give pangu_training.router"),
-    ({"callbacks__0__type": "MFLossMonitor"}, "callbacks.MFLossMonitor: it reads what MFTrainOneStepCell gives"),
+    ({"callbacks__0__type": "TopkBiasBalanceCallback"}, "callbacks.0.type: found TopkBias.* give pangu_training"),
+    ({"callbacks__0__type": "MFLossMonitor"}, "callbacks.0.type: found MFLossMonitor: it would take"),
     ({"callbacks__0__type": "PanguMoniter"}, "callbacks.0.type: no PanguMoniter; did you mean PanguMonitor?"),
     # sections
     ({"callbacks": {"type": "PanguMonitor"}}, "callbacks: found .* wanted a list of sections"),
@@ -88,7 +88,7 @@ def changed(**values):
     ({"optimizer": []}, r"optimizer: found \[\], wanted a section of keys and values"),
     # without effect
     ({"runner_config__sink_mode": True}, "runner_config.sink_mode: found True, wanted False: log, checkpoints"),
-    ({"runner_config__sink_mode": None}, "runner_config.sink_mode: left out, which means True in MindFormers, wanted F"),
+    ({"runner_config__sink_mode": None}, "sink_mode: left out, which means True in MindFormers, wanted F"),
     ({"runner_config__stop_step": 3}, "runner_config.stop_step: found 3, wanted 0: .* give the callback TrainCallBack"),
     ({"swap_config": {"swap": True, "default_prefetch": 1}}, "swap_config: found .* wanted none: nothing is moved"),
     ({"checkpoint": {"load_path": "x"}}, "checkpoint: found .* load_checkpoint reads ours, and PanguCheckpoint of"),
@@ -101,7 +101,7 @@ def changed(**values):
     ({"parallel__gradients_mean": False}, "parallel.gradients_mean: found False, wanted True: gradients are means"),
     ({"parallel_config__model_parallel": 2}, "model_parallel: found 2, wanted 1 while use_parallel is False: one pro"),
     ({"parallel__enable_parallel_optimizer": True}, "optimizer: found True, wanted False while use_parallel is False"),
-    ({"optimizer__learning_rate": 1e-3}, "optimizer.learning_rate: found 0.001, wanted none: the rate is lr_schedule's"),
+    ({"optimizer__learning_rate": 1e-3}, "optimizer.learning_rate: found 0.001, wanted none: the rate is"),
     ({"train_dataset_task__dataset_config": {"seed": 3}}, "train_dataset_task.dataset_config: found other keys"),
 ])
 def test_a_key_without_effect_or_of_a_wrong_value_is_one_line(values, message):
@@ -117,29 +117,30 @@ def test_numbers_that_yaml_takes_for_text():
                                    optimizer__adamw_betas=[0.9, "9.5e-1"], pangu_training__z_loss_coeff="1e-4",
                                    model__model_config__rope_theta=text["theta"], runner_wrapper__max_grad_norm=1))
     assert (fields["lr_schedule"]["learning_rate"], fields["optimizer"]["weight_decay"]) == (0.004, 0.1)
-    assert fields["optimizer"]["adamw_betas"] == [0.9, 0.95] and type(fields["runner_wrapper"]["max_grad_norm"]) is float
+    assert fields["optimizer"]["adamw_betas"] == [0.9, 0.95]
+    assert type(fields["runner_wrapper"]["max_grad_norm"]) is float
     assert (fields["pangu_training"]["z_loss_coeff"], fields["model"]["model_config"]["rope_theta"]) == (1e-4, 1e6)
     # Of a list by steps its owner looks at the rest.
-    assert read_keys({"pangu_training": {"z_loss_coeff": text["ramp"]}})["pangu_training"]["z_loss_coeff"][1] == [10, 5e-4]
+    assert read_keys({"pangu_training": {"z_loss_coeff": text["ramp"]}})["pangu_training"]["z_loss_coeff"] == [
+        [0, 1e-3], [10, 5e-4]]
 
 
-def test_what_asks_for_nothing_may_stand(monkeypatch):
+def test_what_asks_for_nothing_may_stand():
     """Of MindFormers' files: switches that are off, defaults, an alias of the data, empty sections."""
     prepare(changed(swap_config={"swap": False, "layer_swap": None}, monitor_config={"monitor_on": False}, metric=None,
-                    auto_trans_ckpt=True, load_ckpt_format="safetensors", resume_training=False, context__mode="GRAPH_MODE",
-                    train_dataset_task__dataset_config=copy.deepcopy(TOY["train_dataset"]), recompute_config=None,
+                    auto_trans_ckpt=True, load_ckpt_format="safetensors", resume_training=False,
+                    context__mode="GRAPH_MODE", recompute_config=None,
+                    train_dataset_task__dataset_config=copy.deepcopy(TOY["train_dataset"]),
                     profile=False, profile_start_step=10, lr_schedule__total_steps=-1, processor={}, callbacks=None))
     own = {"type": "Mine", "auto_register": "mine.Mine", "anything": 1}
     assert prepare(changed(callbacks=[own]))[1]["callbacks"] == [own]
-    theirs = [{"type": "MFLossMonitor", "per_print_times": 1}]
-    prepare(changed(runner_wrapper={"type": "MFTrainOneStepCell", "scale_sense": 1.0}, callbacks=theirs))
 
 
 def test_two_directories_with_weights(data):
     tiny, other = str(data / "tiny"), str(data / "eps")
     both = changed(load_checkpoint=tiny, pretrained_model_dir=tiny, model={"model_config": {}})
     assert prepare(both)[1]["load_checkpoint"] == tiny
-    with pytest.raises(ConfigError, match=f"pretrained_model_dir: found {other}, but load_checkpoint is {tiny}: .* one"):
+    with pytest.raises(ConfigError, match=f"pretrained_model_dir: found {other}, but load_checkpoint is {tiny}: "):
         prepare(both | {"pretrained_model_dir": other})
 
 
@@ -265,8 +266,9 @@ def test_types_of_the_table_are_mindformers_and_read_their_keys(mindformers, kin
 
 # Files that read the keys of sections without a type, by the folder that they are in.
 READERS = {
-    "mindformers": ("trainer/trainer.py", "trainer/base_trainer.py", "trainer/utils.py", "core/context/build_context.py",
-                    "dataset/utils.py", "dataset/base_dataset.py", "dataset/causal_language_model_dataset.py"),
+    "mindformers": ("trainer/trainer.py", "trainer/base_trainer.py", "trainer/utils.py",
+                    "core/context/build_context.py", "dataset/utils.py", "dataset/base_dataset.py",
+                    "dataset/causal_language_model_dataset.py"),
     "mindspore": ("context.py",),
     "pangu_ms": ("training/run/fields.py", "training/run/ranks.py", "training/run/keys.py",
                  "training/run/mindformers.py", "training/run/command.py"),
