@@ -38,8 +38,9 @@ def number(wanted: str, least: float = -math.inf, above: float = -math.inf, most
     return Kind(wanted, read)
 
 
-def integer(least: int) -> Kind:
-    return Kind(f"an integer of at least {least}", lambda value: _require(type(value) is int and value >= least, value))
+def integer(least: int, most: float = math.inf) -> Kind:
+    wanted = f"an integer of at least {least}" if most == math.inf else f"an integer from {least} to {most}"
+    return Kind(wanted, lambda value: _require(type(value) is int and least <= value <= most, value))
 
 
 def choice(*values) -> Kind:
@@ -193,7 +194,7 @@ def _read_typed(full, value, entry, many):
     fits = [name for name, keys in entry.types.items() if not isinstance(keys, Refused)]
     if "auto_register" in value:  # a class of the user's, which knows its keys
         keys = None
-    elif kind not in entry.types:
+    elif not isinstance(kind, str) or kind not in entry.types:
         wanted = f"found {kind!r}, wanted {'one of ' if len(fits) > 1 else ''}{', '.join(fits)}"
         near = nearest(kind, fits, "")
         raise ConfigError(f"{full}.type: " + (f"no {kind}{near}" if near else wanted))

@@ -50,6 +50,7 @@ def kept_fields(fields):
 def complete(fields):
     """The sections as given, with defaults where a section of ours would otherwise depend on MindFormers'."""
     defaults = {"seed": 0, "run_mode": "train", "pangu_training": {}, "runner_wrapper": {"type": "PanguTrainStep"},
+                "train_dataset_task": {"type": "CausalLanguageModelDataset"},
                 "callbacks": [{"type": "PanguMonitor"}, {"type": "PanguCheckpoint"}]}
     for section in ("trainer", "train_dataset", "optimizer", "lr_schedule", "runner_config"):
         if not isinstance(fields.get(section), dict):

@@ -29,7 +29,7 @@ from pangu_ms.yaml_keys import (
 )
 
 COLUMNS = list(Sequence._fields)
-ONE, ZERO = integer(1), integer(0)
+ONE, ZERO, SEED = integer(1), integer(0), integer(0, 2 ** 32 - 1)
 _BETA = number("a number from 0 to below 1", least=0, most=1 - 1e-12)
 
 
@@ -52,7 +52,7 @@ PROFILE = "with profile: "
 CONTEXT = context_table(training=True)
 
 TOP = {
-    "seed": Applied("of data order and initial values", ZERO),
+    "seed": Applied("of data order and initial values", SEED),
     "output_dir": Applied("log.jsonl, checkpoints/ and mindformers/ go there", TEXT),
     "run_mode": Applied("finetune wants weights to start from", choice("train", "finetune")),
     "use_parallel": Applied("whether msrun's processes share the run", BOOL),
@@ -213,7 +213,7 @@ DATASET = {
             "tokenizer": Applied("a directory with a tokenizer", PATH),
             "seq_length": Applied("tokens of a sequence", ONE, needed=True),
             "documents": Applied("what a line is: a text or a chat", choice("texts", "chats")),
-            "seed": Applied("of the order, where it is not the run's", ZERO)},
+            "seed": Applied("of the order, where it is not the run's", SEED)},
         **dict.fromkeys(("MindDataset", "TFRecordDataset", "BlendedMegatronDatasetDataLoader", "HFDataLoader",
                          "CommonDataLoader", "TrainingDataLoader", "SFTDataLoader", "MultiSourceDataLoader"))}),
     "input_columns": Applied("of the loader, all four", Kind(str(COLUMNS), choice(COLUMNS).read), needed=True),

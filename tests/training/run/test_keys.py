@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pangu_ms.errors import ConfigError
+from pangu_ms.errors import ConfigError, PanguError
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.run import command
 from pangu_ms.training.run.fields import prepare
@@ -60,7 +60,7 @@ def changed(**values):
     ({"runner_config__batch_size": 4.5}, "runner_config.batch_size: found 4.5, wanted an integer of at least 1"),
     ({"runner_config__epochs": 1.5}, "runner_config.epochs: found 1.5, wanted an integer of at least 1"),
     ({"runner_config__epochs": "2"}, "runner_config.epochs: found '2', wanted an integer"),
-    ({"seed": "one"}, "seed: found 'one', wanted an integer of at least 0"),
+    ({"seed": "one"}, "seed: found 'one', wanted an integer from 0 to 4294967295"),
     ({"run_mode": "eval"}, "run_mode: found 'eval', wanted 'train' or 'finetune'"),
     ({"optimizer__adamw_betas": [0.9]}, "optimizer.adamw_betas: found .0.9., wanted two numbers"),
     ({"optimizer__ns_coefficients": [[1, 2]]}, "optimizer.ns_coefficients: found .* wanted a list of steps"),
@@ -108,6 +108,29 @@ def test_a_key_without_effect_or_of_a_wrong_value_is_one_line(values, message):
     with pytest.raises(ConfigError, match=message) as raised:
         prepare(changed(**values))
     assert "\n" not in str(raised.value)
+
+
+def places(value, way=()):
+    if way:
+        yield way
+    items = value.items() if isinstance(value, dict) else enumerate(value) if value and isinstance(value, list) and \
+        isinstance(value[0], dict) else ()
+    for key, each in items:
+        yield from places(each, (*way, key))
+
+
+@pytest.mark.parametrize("value", [[], {}, "x", "", -1, None, 3.5, True, [[1]], {"a": 1}, [None], {"type": []},
+                                   float("nan"), 10 ** 40], ids=repr)
+def test_no_value_anywhere_in_a_file_is_more_than_one_line(value):
+    for way in places(TOY):
+        fields = section = copy.deepcopy(TOY)
+        for key in way[:-1]:
+            section = section[key]
+        section[way[-1]] = value
+        try:
+            prepare(fields)
+        except PanguError as error:
+            assert "\n" not in str(error), way
 
 
 def test_numbers_that_yaml_takes_for_text():
