@@ -1,6 +1,7 @@
 """pangu-generate --config: what a YAML file for predict stands for, and that nothing of it is dropped in silence."""
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,17 @@ def test_a_file_like_mindformers_own_is_read(file, data):
     given = build_parser().parse_args(found.options)
     assert (given.model, given.dtype, given.tensor_parallel, given.seed) == ("somewhere", "bfloat16", 2, 0)
     found.check(PanguConfig.from_pretrained(data / "tiny"), "tiny")
+
+
+def test_mindformers_own_files_are_read_or_refused_in_one_line():
+    read = 0
+    for path in sorted((Path(find_spec("mindspore").origin).parents[1] / "configs").glob("*/predict_*.yaml")):
+        try:
+            read_predict_file(str(path))
+            read += 1
+        except ConfigError as error:
+            assert "\n" not in str(error)
+    assert read >= 5
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -56,6 +56,7 @@ def complete(fields):
         if not isinstance(fields.get(section), dict):
             raise ConfigError(f"{section}: found {fields.get(section)!r}, wanted a section; see configs/openpangu_v2")
     fields = defaults | copy.deepcopy({key: value for key, value in fields.items() if value is not None})
+    fields["lr_schedule"] = {key: value for key, value in fields["lr_schedule"].items() if value is not None}
     loader = fields["train_dataset"].get("data_loader")
     if not loader:
         raise ConfigError("train_dataset.data_loader: missing, wanted a section; see configs/openpangu_v2")

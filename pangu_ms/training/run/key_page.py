@@ -52,7 +52,7 @@ def _sections(name, section):
         if isinstance(table, dict):
             lines += ["", f"`type` {said}{':' if table else ', without keys'}", *_rows(table)]
         else:
-            lines += ["", f"`type` {said}: " + (f"refused: {table.why}" if table else "whose class checks its keys")]
+            lines += ["", f"`type` {said}: " + (f"refused: {table.why}" if table else "whose class looks at its keys")]
     for key, entry in section.keys.items():
         if isinstance(entry, Section):
             lines += _sections(f"{name}.{key}", entry)
@@ -78,7 +78,7 @@ def _rows(table):
         lines += [f"| `{key}` | {entry.does}{' (needed)' if entry.needed else ''} | "
                   f"{'' if entry.kind is ANY else entry.kind.wanted} |" for key, entry in applied.items()]
     if refused:
-        lines += ["", "| refused but for | | because |", "|---|---|---|"]
+        lines += ["", "| key | refused but at | because |", "|---|---|---|"]
         lines += [f"| `{key}` | {_off(entry)} | {entry.why} |" for key, entry in refused.items()]
     return lines
 

@@ -4,6 +4,8 @@ A key is `Applied`, by this package or by MindFormers with this package's traine
 that asks for nothing. `python tools/train.py --list-keys` prints the table, which is configs/README.md.
 """
 import dataclasses
+import inspect
+import re
 
 from pangu_ms.training.data.packing import Sequence
 from pangu_ms.training.objectives.settings import TrainingSettings
@@ -253,17 +255,17 @@ OPTIMIZERS = {
     **dict.fromkeys(("Muon", "PmaAdamW"), Refused("it reads parts of MindFormers' own models; take PanguMuon"))}
 
 WARMUP = {"learning_rate": Applied("the highest rate", NOT_NEGATIVE, needed=True),
-          "warmup_steps": Applied("steps until it is reached", or_none(ZERO)),
-          "warmup_ratio": Applied("the same as a part of total_steps", or_none(RATIO)),
+          "warmup_steps": Applied("steps until that is reached", or_none(ZERO)),
+          "warmup_ratio": Applied("in place of warmup_steps, as a part of total_steps", or_none(RATIO)),
           "warmup_lr_init": Applied("the rate it begins with", NOT_NEGATIVE),
           "total_steps": Applied("where the schedule ends; -1: where the run ends", or_none(ONE, -1))}
 END = {"lr_end": Applied("the last rate", NOT_NEGATIVE)}
 CYCLES = {"num_cycles": Applied("waves of the cosine", POSITIVE)}
 DECAY = {"decay_steps": Applied("how long it falls", or_none(ONE))}
-DECAY_RATIO = {"decay_ratio": Applied("the same as a part of total_steps", or_none(RATIO))}
+DECAY_RATIO = {"decay_ratio": Applied("in place of decay_steps, as a part of total_steps", or_none(RATIO))}
 STEEP = {"power": Applied("of the polynomial", POSITIVE)}
 STABLE = {"decay_start_steps": Applied("where it begins to fall", or_none(ZERO)),
-          "decay_start_ratio": Applied("the same as a part of total_steps", or_none(RATIO))}
+          "decay_start_ratio": Applied("in place of decay_start_steps, as a part of total_steps", or_none(RATIO))}
 ANNEAL = {"base_lr": Applied("the highest rate", NOT_NEGATIVE, needed=True),
           "eta_min": Applied("the lowest", NOT_NEGATIVE),
           "total_steps": Refused("it goes on for as long as the run", (-1,))}
@@ -285,8 +287,9 @@ SCHEDULES = {
 }
 # MindFormers' schedules take any key, and ignore those of other schedules.
 _ALL = {key for keys in SCHEDULES.values() for key in keys}
-LR_TYPES = {name: dict.fromkeys(sorted(_ALL), Refused(f"{name} does not read it")) | keys
+LR_TYPES = {name: keys | dict.fromkeys(sorted(_ALL - keys.keys()), Refused(f"{name} does not read it"))
             for names, keys in SCHEDULES.items() for name in names}
+NO_WARMUP = ("CosineWithWarmUpLR", "cosine")  # need not say how long it is
 
 CLIP = {"use_clip_grad": Applied("whether gradients are scaled down", BOOL),
         "max_grad_norm": Applied("to this norm", POSITIVE)}
@@ -321,6 +324,9 @@ CALLBACKS = {
     "StressTestModelMonitor": Refused("it starts a run of MindFormers' own beside this one; leave it out"),
 }
 
+# The first sentence about each attribute.
+_SAID = {name: " ".join(said.split()).split(". ")[0].removesuffix(".") for name, said in
+         re.findall(r"^    (\w+): (.+?)(?=\n    \w|\n\n)", inspect.getdoc(TrainingSettings) or "", re.M | re.S)}
 KEYS = TOP | {
     "trainer": Section("MindFormers' trainer", types={
         "PanguTrainer": {"model_name": Applied("a name in MindFormers' log", or_none(TEXT))},
@@ -338,7 +344,7 @@ KEYS = TOP | {
         "all epochs are one here, of which a resumed run sees the rest; give warmup_steps or warmup_ratio")}, LR_TYPES),
     "runner_wrapper": Section("a step", types=WRAPPERS),
     "callbacks": Section("what happens after each step", types=CALLBACKS, many=True),
-    "pangu_training": Section("losses and initial values; see configs/openpangu_v2/README.md", {
-        each.name: Applied("", NUMBERS if "float" in str(each.type) else ANY)
+    "pangu_training": Section("losses and initial values", {
+        each.name: Applied(_SAID.get(each.name, ""), NUMBERS if "float" in str(each.type) else ANY)
         for each in dataclasses.fields(TrainingSettings)}),
 }

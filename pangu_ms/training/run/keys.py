@@ -3,9 +3,9 @@ from pangu_ms.architectures import config_class, config_from_dict
 from pangu_ms.checkpoint.directory import read_config
 from pangu_ms.errors import ConfigError, one_line
 from pangu_ms.training.objectives.settings import TrainingSettings
-from pangu_ms.training.run.key_table import KEYS
+from pangu_ms.training.run.key_table import KEYS, LR_TYPES, NO_WARMUP
 from pangu_ms.yaml_file import check_section
-from pangu_ms.yaml_keys import read_section
+from pangu_ms.yaml_keys import Applied, read_section
 
 RANKS = ("data_parallel", "model_parallel", "expert_parallel")
 
@@ -60,10 +60,18 @@ def _check_steps(fields):
     if fields["runner_config"].get("sink_mode") is None:
         raise ConfigError("runner_config.sink_mode: left out, which means True in MindFormers, wanted False: log, "
                           "checkpoints and data are looked after at every step")
+    schedule = fields["lr_schedule"]
+    keys = LR_TYPES.get(schedule.get("type"), {})
     for name in ("warmup", "decay", "decay_start"):
-        given = [key for key in (f"{name}_steps", f"{name}_ratio") if fields["lr_schedule"].get(key) is not None]
-        if len(given) > 1:
-            raise ConfigError(f"lr_schedule.{given[0]}: found beside {given[1]}, which MindFormers goes by; give one")
+        steps, ratio = f"{name}_steps", f"{name}_ratio"
+        if steps in schedule and ratio in schedule:
+            raise ConfigError(f"lr_schedule.{steps}: found beside {ratio}, which MindFormers goes by; give one")
+        needed = isinstance(keys.get(steps), Applied) and name != "decay" and schedule["type"] not in NO_WARMUP
+        if needed and not {steps, ratio} & schedule.keys():
+            raise ConfigError(f"lr_schedule.{steps}: missing; give it or {ratio}")
+    if schedule.get("type") == "WarmUpStableDecayLR" and schedule.get("lr_end", 0) >= schedule["learning_rate"]:
+        raise ConfigError(f"lr_schedule.lr_end: found {schedule['lr_end']}, wanted less than learning_rate "
+                          f"{schedule['learning_rate']}")
 
 
 def _check_ranks(fields):
