@@ -3,9 +3,11 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 import mindspore as ms
+from mindspore.device_context.ascend import device as ascend
 from mindspore.ops.primitive import constexpr
 
 REPLACEMENTS = {"CPU": "pangu_ms.ops.cpu", "Ascend": "pangu_ms.ops.ascend"}
+NO_ASCEND = "found Ascend, but MindSpore has none here; give CPU, or see python -m pangu_ms.env for what is missing"
 
 
 def start(device_target=None, **context):
@@ -18,6 +20,11 @@ def start(device_target=None, **context):
     if device_target is not None:
         context["device_target"] = device_target
     ms.set_context(mode=ms.GRAPH_MODE, **context)
+
+
+def available(device_target):
+    """Whether this process could run on "CPU" or "Ascend"."""
+    return device_target != "Ascend" or ascend.is_available()
 
 
 def target():

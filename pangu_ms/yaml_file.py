@@ -1,10 +1,10 @@
 """The YAML files of configs/: MindFormers' 1.x dialect."""
-import difflib
 from collections.abc import Collection, Iterable
 
 import yaml
 
 from pangu_ms.errors import ConfigError
+from pangu_ms.yaml_keys import nearest
 
 
 def read_yaml(path: str) -> dict:
@@ -27,5 +27,4 @@ def check_section(section: str, names: Iterable, known: Collection[str]) -> None
     """`ConfigError` for the first of a section's keys that is not a known one, with the nearest that is."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1, 0)[0]
-            raise ConfigError(f"{section}.{name}: no such key; did you mean {near}?")
+            raise ConfigError(f"{section}.{name}: no such key" + nearest(name, known))

@@ -21,7 +21,8 @@ ARROWS = {
     "device": "",
     "plan": "",
     "shaping": "",
-    "yaml_file": "errors",
+    "yaml_keys": "errors",
+    "yaml_file": "errors yaml_keys",
     "parallel": "device errors",
     "cache": "device plan shaping",
     "model": "cache device parallel plan shaping",
@@ -31,13 +32,16 @@ ARROWS = {
     "conversion": "architectures checkpoint errors parallel",
     "text": "architectures errors",
     "pretrained": "architectures checkpoint device errors model parallel",
-    "generation": "architectures cache checkpoint device errors model parallel plan pretrained shaping text yaml_file",
-    "training": "architectures checkpoint conversion errors model parallel pretrained shaping text yaml_file",
+    "generation": "architectures cache checkpoint device errors model parallel plan pretrained shaping text yaml_file "
+                  "yaml_keys",
+    "training": "architectures checkpoint conversion device errors model parallel pretrained shaping text yaml_file "
+                "yaml_keys",
     "estimate": "architectures cache errors generation model parallel plan training yaml_file",
     "env": "device",
 }
 # Rooms that run where MindSpore is not installed: whatever they import, in this room or another.
-WITHOUT_MINDSPORE = ("errors", "plan", "yaml_file", "architectures", "checkpoint", "conversion", "text", "estimate")
+WITHOUT_MINDSPORE = ("errors", "plan", "yaml_keys", "yaml_file", "architectures", "checkpoint", "conversion", "text",
+                     "estimate")
 
 
 def room(module):

@@ -70,6 +70,7 @@ def test_training_reads_what_is_here(no_network, directory, tmp_path, monkeypatc
     module = SimpleNamespace(train=train)
     monkeypatch.setitem(sys.modules, "pangu_ms.training.run.mindformers", module)
     monkeypatch.setattr(pangu_ms.training.run, "mindformers", module, raising=False)
+    monkeypatch.setattr(pangu_ms.training.run.command, "prepare", lambda *_: None)  # the file has one section alone
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}')
     for tokenizer, code, message in ((directory, 0, ""), (HUB, 2, f"data_loader.tokenizer: {HUB}: is not there")):
         loader = {"type": "PanguJsonlLoader", "path": "texts.jsonl", "tokenizer": str(tokenizer)}

@@ -21,7 +21,7 @@ ARCHITECTURES = {
 def config_class(fields: dict) -> type[Config]:
     """The class of a config.json's fields, by `architectures`; `ConfigError` when it is none of those known."""
     names = fields.get("architectures", ["OpenPanguV2ForCausalLM"])
-    known = [name for name in names if name in ARCHITECTURES] if isinstance(names, list | tuple) else []
+    known = [name for name in names if str(name) in ARCHITECTURES] if isinstance(names, list | tuple) else []
     if not known:
         raise ConfigError(f"architectures: found {str(names)[:100]}, wanted one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[known[0]]

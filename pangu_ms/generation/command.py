@@ -14,7 +14,7 @@ from pangu_ms.architectures import read_config
 from pangu_ms.architectures.fields import COMPUTE_DTYPES
 from pangu_ms.architectures.tensors import check_ranks
 from pangu_ms.checkpoint.directory import document_directory
-from pangu_ms.errors import PanguError, one_line
+from pangu_ms.errors import ConfigError, PanguError, one_line
 from pangu_ms.generation.config_file import PredictFile, find_predict_file
 from pangu_ms.generation.interactive import converse, ctrl_c, show_reply
 from pangu_ms.generation.prefix import Continuation
@@ -173,6 +173,8 @@ def run(arguments: argparse.Namespace, file: PredictFile, directory: str, said: 
         print(said, file=sys.stderr)
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only, unless the user wants more
     device = import_module("pangu_ms.device")                                   # from here on MindSpore is there
+    if not device.available(file.context.get("device_target")):
+        raise ConfigError(f"{file.path}: context.device_target: {device.NO_ASCEND}")
     device.start(**file.context)
     ranks = find_ranks(arguments, config)
     model = pangu_ms.PanguForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype,

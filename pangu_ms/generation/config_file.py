@@ -5,16 +5,16 @@ this package at the value it has. Every other key is refused by name.
 """
 import argparse
 import difflib
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from pangu_ms.architectures.fields import CONFIG_FILE, Config
 from pangu_ms.errors import ConfigError
 from pangu_ms.yaml_file import read_yaml
+from pangu_ms.yaml_keys import Refused, Section, context_table, read_section
 
 OPTIONS = ("max_new_tokens", "num_draft_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-CONTEXT = ("device_target", "device_id", "max_device_memory")
+CONTEXT = context_table(training=False)
 OUR_DTYPES = ("compute_dtype", "dtype", "torch_dtype")  # say how to compute or to store, not what the model is
 
 # Keys that are applied, by section.
@@ -22,7 +22,6 @@ APPLIED = {
     "": ("run_mode", "seed", "load_checkpoint", "pretrained_model_dir", "use_parallel", "generation_config", "context",
          "parallel", "parallel_config", "model"),
     "generation_config": (*OPTIONS, "do_sample"),
-    "context": (*CONTEXT, "ascend_config", "jit_config"),
     "parallel_config": ("data_parallel", "model_parallel", "expert_parallel"),
     "model": ("model_config",),
 }
@@ -53,13 +52,6 @@ HARMLESS = {
         "monitor_config": ANY, "pangu_training": ANY,
     },
     "generation_config": {"use_past": ANY, "num_beams": (1,)},
-    "context": {
-        "mode": (0, "GRAPH_MODE"), "max_call_depth": ANY, "enable_graph_kernel": (False,), "save_graphs": (False, 0),
-        "save_graphs_path": ANY, "jit_level": ("O0",), "infer_boost": ("on", "off"), "deterministic": ("OFF", False),
-        "affinity_cpu_list": (None, "None"), "memory_optimize_level": ("O0",),
-    },
-    "context.ascend_config": {"precision_mode": ("must_keep_origin_dtype",), "parallel_speed_up_json_path": (None, "")},
-    "context.jit_config": {"jit_level": ("O0",), "infer_boost": ("on", "off")},
     "parallel_config": {
         "pipeline_stage": (1,), "context_parallel": (1,), "seq_split_num": (1,), "use_seq_parallel": (False,),
         "micro_batch_num": ANY, "vocab_emb_dp": ANY, "optimizer_shard": ANY, "gradient_aggregation_group": ANY,
@@ -88,9 +80,8 @@ class PredictFile:
     Attributes:
         path (str | None):
         options (tuple[str, ...]): words of pangu-generate's command line.
-        context (dict): what the device is started with, as far as the file says: `device_target`, and of this process
-            `device_id` (int) and `max_device_memory` (such as "58GB"). Processes that msrun starts get no device_id:
-            each has one of its own.
+        context (dict): what `mindspore.set_context` is to be told: the keys of `context` that are applied. Processes
+            that msrun starts get no device_id: each has one of its own.
         model_config (dict): what the file says about the model; `check` compares it with the checkpoint.
     """
 
@@ -148,19 +139,20 @@ def read_predict_file(path: str) -> PredictFile:
         raise ConfigError(f"{path}: run_mode is {fields.get('run_mode')!r}, wanted predict; "
                           "pangu-train --config reads files for training")
     _check_section(path, "", fields)
-    sections = {name: _section(path, name, fields.get(name)) for name in ("generation_config", "context", "model")}
+    sections = {name: _section(path, name, fields.get(name)) for name in ("generation_config", "model")}
     for name, section in sections.items():
         _check_section(path, name, section)
-    generation, context = sections["generation_config"], sections["context"]
-    for name in ("ascend_config", "jit_config"):
-        _check_section(path, f"context.{name}", _section(path, f"context.{name}", context.get(name)))
+    generation = sections["generation_config"]
+    context = _context(path, _section(path, "context", fields.get("context")))
     model_config = _section(path, "model.model_config", sections["model"].get("model_config"))
     parallel = _parallel_options(path, fields)
     options = {"model": _model(path, fields), "dtype": model_config.get("compute_dtype"), **parallel,
                "seed": fields.get("seed"), **_generation_options(path, generation)}
     words = [word for name, value in options.items() if value is not None
              for word in ("--" + name.replace("_", "-"), str(value))]
-    return PredictFile(path, tuple(words), _context(path, context, alone=not parallel), model_config)
+    if parallel:
+        context.pop("device_id", None)
+    return PredictFile(path, tuple(words), context, model_config)
 
 
 def _model(path, fields):
@@ -195,17 +187,22 @@ def _generation_options(path, section):
     return options if sample is None else options | {"temperature": temperature}  # greedy in words, too
 
 
-def _context(path, section, alone):
-    context = {name: section[name] for name in CONTEXT if section.get(name) is not None}
-    for name, fits, wanted in (
-            ("device_target", lambda value: isinstance(value, str), "Ascend or CPU"),
-            ("device_id", lambda value: type(value) is int and value >= 0, "a number of at least 0"),
-            ("max_device_memory", lambda value: re.fullmatch(r"\d+(\.\d+)?GB", str(value)), "such as 58GB")):
-        if name in context and not fits(context[name]):
-            raise ConfigError(f"{path}: context.{name}: found {context[name]!r}, wanted {wanted}")
-    if not alone:
-        context.pop("device_id", None)
-    return context
+def _context(path, section):
+    """The keys of `context` that are applied."""
+    try:
+        return _applied(read_section("context", section, CONTEXT.keys), CONTEXT.keys)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _applied(section, table):
+    found = {}
+    for key, value in section.items():
+        if isinstance(table[key], Section):
+            value = _applied(value or {}, table[key].keys) or None
+        if not isinstance(table[key], Refused) and value is not None:
+            found[key] = value
+    return found
 
 
 def _section(path, name, section):

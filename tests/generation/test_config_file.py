@@ -1,11 +1,13 @@
 """pangu-generate --config: what a YAML file for predict stands for, and that nothing of it is dropped in silence."""
 import dataclasses
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pangu_ms import device
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.errors import ConfigError, PanguError
 from pangu_ms.generation.command import build_parser, main
@@ -133,6 +135,19 @@ def test_the_command_compares_before_it_loads(file, engine, data, capsys):
     assert engine.loaded is None
 
 
+def test_the_device_is_started_with_the_context(file, engine, data, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(device, "start", lambda **context: started.append(context))
+    context = {"device_target": "CPU", "max_call_depth": 20000, "jit_config": {"jit_level": "O0", "infer_boost": "on"}}
+    fields = {"load_checkpoint": str(data / "tiny"), "generation_config": {"max_new_tokens": 2}, "context": context}
+    assert main(["--config", file(fields), "--token-ids", "5"]) == 0
+    assert started == [context | {"jit_config": {"jit_level": "O0"}}]
+    context["device_target"] = "Ascend"
+    assert main(["--config", file(fields), "--token-ids", "5"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "predict.yaml: context.device_target: found Ascend, but MindSpore has none here; give CPU" in error
+
+
 # ---- what MindFormers' own files hold
 
 MINDFORMERS = """
@@ -161,10 +176,22 @@ generation_config: {do_sample: False, use_past: True, max_new_tokens: 5}
 
 def test_a_file_like_mindformers_own_is_read(file, data):
     found = read_predict_file(file(MINDFORMERS))
-    assert found.context == {"max_device_memory": "59GB"}
+    assert found.context == {"max_device_memory": "59GB", "save_graphs": False, "save_graphs_path": "./graph",
+                             "ascend_config": {"precision_mode": "must_keep_origin_dtype"}}
     given = build_parser().parse_args(found.options)
     assert (given.model, given.dtype, given.tensor_parallel, given.seed) == ("somewhere", "bfloat16", 2, 0)
     found.check(PanguConfig.from_pretrained(data / "tiny"), "tiny")
+
+
+def test_mindformers_own_files_are_read_or_refused_in_one_line():
+    read = 0
+    for path in sorted((Path(find_spec("mindspore").origin).parents[1] / "configs").glob("*/predict_*.yaml")):
+        try:
+            read_predict_file(str(path))
+            read += 1
+        except ConfigError as error:
+            assert "\n" not in str(error)
+    assert read >= 5
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -175,12 +202,14 @@ def test_a_file_like_mindformers_own_is_read(file, data):
     ("generation_config: {num_beams: 4}", "generation_config.num_beams: found 4, wanted 1: pangu-generate does"),
     ("model: 3", "model holds 3, wanted keys"),
     ("model: {model_config: 3}", "model.model_config holds 3, wanted keys"),
-    ("context: {mode: 1}", "context.mode: found 1, wanted 0 or 'GRAPH_MODE': pangu-generate does nothing else"),
+    ("context: {mode: 1}", "context.mode: found 1, wanted 0 or 'GRAPH_MODE': the network is"),
     ("context: {device_targets: CPU}", "context.device_targets: no such key; did you mean device_target?"),
     ("context: {device_target: 3}", "context.device_target: found 3, wanted Ascend or CPU"),
     ("context: {device_id: -1}", "context.device_id: found -1, wanted a number of at least 0"),
     ("context: {max_device_memory: 58}", "context.max_device_memory: found 58, wanted such as 58GB"),
-    ("context: {ascend_config: {precision_mode: force_fp16}}", "ascend_config.precision_mode: found 'force_fp16'"),
+    ("context: {ascend_config: {precision_mode: fp16}}", "context.ascend_config.precision_mode: found 'fp16'"),
+    ("context: {affinity_cpu_list: {device0: [0-1]}}", "affinity_cpu_list: found {'device0': ['0-1']}, wanted 'None' or"),
+    ("context: {jit_config: {jit_levl: O0}}", "context.jit_config.jit_levl: no such key; did you mean jit_level?"),
     ("context: {jit_config: {jit_level: O2}}", "context.jit_config.jit_level: found 'O2', wanted 'O0'"),
     ("{use_parallel: true, parallel_config: {pipeline_stage: 2}}", "parallel_config.pipeline_stage: found 2, wanted 1"),
     ("{use_parallel: true, parallel_config: {data_parallel: 2}}", "data_parallel: found 2, wanted 1 or expert_"),

@@ -9,6 +9,8 @@ import yaml
 from pangu_ms.checkpoint.directory import CHECKPOINTS, checkpoints
 from pangu_ms.errors import ConfigError, PanguError, one_line
 from pangu_ms.text.tokenizer import TOKENIZER_FILES, tokenizer_file
+from pangu_ms.training.run.fields import prepare
+from pangu_ms.training.run.key_page import page
 from pangu_ms.training.run.state import LOG_FILE, read_state
 from pangu_ms.yaml_file import read_yaml
 
@@ -49,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--options", nargs="+", default=[], metavar="a.b=c",
                         help="values in place of the file's; a number names an item of a list, from 0")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
+    parser.add_argument("--list-keys", action="version", version=page(),
+                        help="print every key of a file, with what it does or why it is refused, and leave")
     parser.add_argument("--run_mode", choices=("train", "finetune"), help="in place of the file's")
     return parser
 
@@ -67,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     resume = find_checkpoint(output_dir, arguments.resume)
     state = read_state(resume) if resume else None
     check_paths(fields, () if resume else ("load_checkpoint", "pretrained_model_dir"))
+    prepare(fields, resume, state)
 
     with surroundings(os.path.join(output_dir, "mindformers"), arguments.register_path):
         from pangu_ms.training.run import mindformers

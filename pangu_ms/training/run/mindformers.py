@@ -7,8 +7,6 @@ overrides that its methods explain.
 MindFormers writes a log directory when it is imported: `pangu_ms.training.run.command` says where, before.
 """
 import copy
-import difflib
-import inspect
 import os
 from types import SimpleNamespace
 
@@ -18,28 +16,27 @@ from mindformers import Trainer, build_context
 from mindformers.models import PretrainedConfig, PreTrainedModel
 from mindformers.parallel_core.utils.model_mixin import ModelMixin, TrainModelMixin
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
-from mindformers.tools.register.template import CONFIG_NAME_TO_CLASS, ConfigTemplate, GeneralConfig
+from mindformers.tools.register.template import ConfigTemplate
 from mindformers.tools.utils import get_real_rank
 from mindformers.trainer import CausalLanguageModelingTrainer
 from mindspore import ops
 
+from pangu_ms import device
 from pangu_ms.architectures import ARCHITECTURES, config_class, config_from_dict
 from pangu_ms.checkpoint.directory import read_config
 from pangu_ms.errors import ConfigError, PanguError
 from pangu_ms.parallel import collectives
 from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.pretrained import PanguForCausalLM
-from pangu_ms.training.data.loader import COLUMNS, Epochs, PanguJsonlLoader, source_of
+from pangu_ms.training.data.loader import Epochs, PanguJsonlLoader, source_of
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run, split_parameters
-from pangu_ms.training.run.fields import complete, kept_fields
-from pangu_ms.training.run.ranks import find_ranks
-from pangu_ms.training.run.state import check_fields, read_checkpoint
+from pangu_ms.training.run.fields import prepare
+from pangu_ms.training.run.state import read_checkpoint
 from pangu_ms.training.step import TrainStep
-from pangu_ms.yaml_file import check_section
 
 MindFormerRegister.register_cls(PanguJsonlLoader, MindFormerModuleType.DATASET_LOADER)
 for callback in (PanguMonitor, PanguCheckpoint):
@@ -215,10 +212,7 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         own = {"pangu_training": self.config.pangu_training, "pangu_weights": self.weights, "pangu_seed": self.run.seed,
                "pangu_ranks": self.ranks}
         network = super().create_network({**(default_args or {}), **own})
-        recompute = self.config.recompute_config.recompute if self.config.recompute_config else False
-        if type(recompute) is not bool:
-            raise ConfigError(f"recompute_config.recompute: found {recompute!r}, wanted True or False")
-        if recompute:
+        if self.config.recompute_config and self.config.recompute_config.recompute:
             for layer in _ours(network).objective.causal_lm.model.layers:
                 layer.recompute()
         return network
@@ -275,13 +269,8 @@ def train(fields, output_dir, resume=None, state=None):
     Raises:
         PanguError: an unknown key of one of our sections, or what model, data and callbacks refuse.
     """
-    given = kept_fields(fields)
-    if state:
-        check_fields(resume, state, given)
-        fields = fields | {"load_checkpoint": resume, "pretrained_model_dir": ""}
-    fields = complete(fields)
-    check_keys(fields)
-    ranks = find_ranks(fields)
+    given, fields, ranks = prepare(fields, resume, state)
+    check_device(fields)
     # MindSpore's own way of sharding them, behind the same key, is for its own optimizers.
     shard_states = (fields.get("parallel") or {}).pop("enable_parallel_optimizer", False)
     run = Run(output_dir, given, fields["seed"], steps=0, start=state.step if state else 0, sequences_per_step=0,
@@ -289,8 +278,6 @@ def train(fields, output_dir, resume=None, state=None):
               tokenizer=fields["train_dataset"]["data_loader"].get("tokenizer"))
     config = mindformers_config(copy.deepcopy(fields), output_dir)
     weights = fields.get("load_checkpoint") or fields.get("pretrained_model_dir")
-    if fields["run_mode"] == "finetune" and not weights:
-        raise ConfigError("run_mode: found finetune without weights; give load_checkpoint or pretrained_model_dir")
     build_context(config)
     ranks = collectives.start(ranks)
     config.trainer.update(run=run, resume=resume, weights=weights, ranks=ranks, shard_states=shard_states)
@@ -300,48 +287,18 @@ def train(fields, output_dir, resume=None, state=None):
     Trainer(config).train()
 
 
-def check_keys(fields):
-    """`ConfigError` names an unknown key of a section of ours, and the nearest known one."""
-    sections = [*CONFIG_NAME_TO_CLASS, *GeneralConfig.keys(), "pangu_training"]
-    for name in fields.keys() - set(sections):  # MindFormers reads others too, which it lists nowhere
-        if near := difflib.get_close_matches(name, sections, 1, 0.8):
-            raise ConfigError(f"{name}: no such section; did you mean {near[0]}?")
-    TrainingSettings.from_dict(fields["pangu_training"])
-    directory = fields.get("pretrained_model_dir") or fields.get("load_checkpoint")
-    extra = read_config(directory).extra if directory else {}
-    model_config = fields["model"]["model_config"]
-    check_section("model.model_config", model_config, [*config_class(model_config).given_fields(), *extra])
-    typed = [("train_dataset.data_loader", fields["train_dataset"]["data_loader"]), ("optimizer", fields["optimizer"]),
-             ("runner_wrapper", fields["runner_wrapper"])]
-    typed += [(f"callbacks.{given.get('type')}", given) for given in fields["callbacks"]]
-    for section, given in typed:
-        if owner := OWN.get(given.get("type")):
-            check_section(section, given, ["type", *inspect.signature(owner).parameters])
-        elif near := difflib.get_close_matches(str(given.get("type")), OWN, 1, 0.8):
-            raise ConfigError(f"{section}.type: no {given['type']}; did you mean {near[0]}?")
-    if fields["trainer"].get("type") != "PanguTrainer":
-        raise ConfigError(f"trainer.type: found {fields['trainer'].get('type')}, wanted PanguTrainer, which is "
-                          "MindFormers' CausalLanguageModelingTrainer with checkpoints of ours")
-    ours = {"PanguMonitor", "PanguCheckpoint"} & {given.get("type") for given in fields["callbacks"]}
-    if ours and fields["runner_wrapper"].get("type") != "PanguTrainStep":
-        raise ConfigError(f"runner_wrapper.type: found {fields['runner_wrapper'].get('type')}, but callbacks name "
-                          f"{min(ours)}, which reads what PanguTrainStep gives; take that or other callbacks")
-    if "warmup_epochs" in (fields.get("lr_schedule") or {}):
-        raise ConfigError("lr_schedule.warmup_epochs: all epochs are one here, of which a resumed run sees the rest; "
-                          "give warmup_steps or warmup_ratio")
-    columns = fields["train_dataset"].get("input_columns")
-    if columns != COLUMNS:
-        raise ConfigError(f"train_dataset.input_columns: found {columns}, wanted {COLUMNS}")
-
-
-OWN = {"PanguJsonlLoader": PanguJsonlLoader.__new__, "PanguMuon": PanguMuon, "PanguTrainStep": PanguTrainStep,
-       "PanguMonitor": PanguMonitor, "PanguCheckpoint": PanguCheckpoint}
+def check_device(fields):
+    """`ConfigError` when this process has not the device; MindFormers' own default is Ascend."""
+    wanted = (fields.get("context") or {}).get("device_target", "Ascend")
+    if not device.available(wanted):
+        raise ConfigError(f"context.device_target: {device.NO_ASCEND}")
 
 
 def mindformers_config(fields, output_dir):
     """What MindFormers reads of a file, with the keys changed that would set something of its own going."""
     fields |= {"use_legacy": False, "output_dir": os.path.join(output_dir, "mindformers"), "load_checkpoint": "",
                "pretrained_model_dir": ""}
+    fields["parallel"] = {**(fields.get("parallel") or {}), "parallel_mode": 0}  # theirs divides graphs
     callbacks = fields.pop("callbacks")
     ConfigTemplate.apply_template(fields)
     fields["callbacks"] = callbacks                                             # its template adds MFLossMonitor

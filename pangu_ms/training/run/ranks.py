@@ -4,6 +4,7 @@ Gradients of ranks that have the same sequences need nothing more than the colle
 `Copy` they have the same gradient of the same values, so what they all hold stays the same on all of them, and of what
 is sharded each has the gradient of its part. Ranks with other sequences take means (`pangu_ms.training.step`).
 """
+import os
 from dataclasses import replace
 
 from pangu_ms.architectures import config_from_dict
@@ -23,13 +24,6 @@ def find_ranks(fields):
     given, context = fields.get("parallel_config") or {}, fields.get("parallel") or {}
     if not fields.get("use_parallel"):
         return Ranks()
-    for section, key, value, wanted in (
-            ("parallel_config", "pipeline_stage", given.get("pipeline_stage", 1), 1),
-            ("parallel_config", "context_parallel", given.get("context_parallel", 1), 1),
-            ("parallel", "parallel_mode", context.get("parallel_mode", 0), 0)):
-        if value != wanted:
-            raise ConfigError(f"{section}.{key}: found {value!r}, wanted {wanted}: ranks share the network by "
-                              "collectives of its own, for data_parallel, model_parallel and expert_parallel")
     data, tensor, expert = (given.get(f"{name}_parallel", 1) for name in ("data", "model", "expert"))
     ranks = Ranks(tensor, expert, data, batch_sharded=True)
     wrapper, loader = fields["runner_wrapper"].get("type"), fields["train_dataset"]["data_loader"].get("type")
@@ -48,4 +42,7 @@ def find_ranks(fields):
     ranks = replace(ranks, data=data // expert)
     check_ranks(config_from_dict(fields["model"]["model_config"]), ranks)
     check_processes(ranks)
+    if "MS_WORKER_NUM" not in os.environ:
+        raise ConfigError("use_parallel: found True, but msrun has not started this process; set it to False for one "
+                          "process, or start by msrun --worker_num=1 --local_worker_num=1")
     return ranks

@@ -12,7 +12,10 @@ from pangu_ms.training.run import command
 
 @pytest.fixture
 def train(monkeypatch):
-    """Stands in for the module that imports MindFormers; holds what its `train` was called with, and found."""
+    """Stands in for the module that imports MindFormers; holds what its `train` was called with, and found.
+
+    The files of these tests are parts of files, whose keys `test_keys.py` is about.
+    """
     called = SimpleNamespace()
 
     def record(*arguments):
@@ -21,6 +24,7 @@ def train(monkeypatch):
     module = SimpleNamespace(train=record)
     monkeypatch.setitem(sys.modules, "pangu_ms.training.run.mindformers", module)
     monkeypatch.setattr(pangu_ms.training.run, "mindformers", module, raising=False)
+    monkeypatch.setattr(command, "prepare", lambda *_: None)
     return called
 
 

@@ -1,6 +1,5 @@
 """What MindFormers sees of this package. Importing it takes seconds, so these tests share one process."""
 import copy
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,22 +10,12 @@ import pytest
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.errors import PanguError
 from pangu_ms.training.data import loader as loader_module
+from pangu_ms.training.run.fields import complete
+from pangu_ms.training.run.keys import check_keys
 from pangu_ms.yaml_file import read_yaml
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TOY = read_yaml(str(CONFIGS / "openpangu_v2" / "pretrain_toy_cpu.yaml"))
-
-
-@pytest.fixture(scope="module")
-def mindformers(tmp_path_factory):
-    """Our module, imported so that MindFormers' log directory is not made in the current one."""
-    before = os.environ.get("LOCAL_DEFAULT_PATH")
-    os.environ["LOCAL_DEFAULT_PATH"] = str(tmp_path_factory.mktemp("mindformers"))
-    from pangu_ms.training.run import mindformers
-    yield mindformers
-    del os.environ["LOCAL_DEFAULT_PATH"]
-    if before is not None:
-        os.environ["LOCAL_DEFAULT_PATH"] = before
 
 
 def changed(**values):
@@ -52,7 +41,8 @@ def changed(**values):
     ({"callbacks__1__save_steps": 1}, "callbacks.PanguCheckpoint.save_steps: .*did you mean save_checkpoint_steps?"),
     ({"trainer__type": "CausalLanguageModelingTrainer"}, "trainer.type: found CausalLang.*wanted PanguTrainer"),
     ({"train_dataset__input_columns": ["input_ids"]}, "input_columns: found .*wanted"),
-    ({"runner_wrapper": {"type": "MFTrainOneStepCell"}}, "found MFTrain.*, but callbacks name PanguCheckpoint"),
+    ({"runner_wrapper": {"type": "MFTrainOneStepCell"}}, "runner_wrapper.type: found MFTrainOneStepCell, wanted P"),
+    ({"runner_wrapper": {"type": "Mine", "auto_register": "mine.Mine"}}, "found Mine, but callbacks name PanguChe"),
     ({"lr_schedule__warmup_epochs": 1}, "warmup_epochs: .*give warmup_steps or warmup_ratio"),
     ({"optimizer": None}, "optimizer: found None, wanted a section"),
     ({"run_mode": "finetune"}, "run_mode: found finetune without weights"),
@@ -72,17 +62,17 @@ def test_mindformers_takes_every_file(mindformers, data, tmp_path, path):
         return
     if fields["load_checkpoint"]:
         fields["load_checkpoint"] = str(data / {"openpangu_v2": "tiny"}.get(path.parent.name, "pro_moe"))
-    fields = mindformers.complete(fields)
+    fields = complete(fields)
     if "toy" in path.name:  # the others' sizes are not those of tests/data
-        mindformers.check_keys(fields)
+        check_keys(fields)
     config = mindformers.mindformers_config(fields, str(tmp_path))
     assert [callback["type"] for callback in config.callbacks] == ["PanguMonitor", "PanguCheckpoint"]
     assert config.output_dir == str(tmp_path / "mindformers") and config.load_checkpoint == ""
 
 
 def test_sizes_come_from_a_checkpoint(mindformers, data):
-    fields = mindformers.complete(changed(load_checkpoint=str(data / "tiny"), model={"model_config": {}}))
-    mindformers.check_keys(fields)
+    fields = complete(changed(load_checkpoint=str(data / "tiny"), model={"model_config": {}}))
+    check_keys(fields)
     kept = mindformers.PanguModelConfig(**fields["model"]["model_config"], use_past=False).fields
     assert PanguConfig.from_dict(kept).plan == PanguConfig.from_pretrained(data / "tiny").plan
     kept["hidden_size"] = 64
@@ -96,16 +86,16 @@ def test_the_architecture_of_a_file_decides_what_its_model_may_have(mindformers,
     assert network.objective.causal_lm.plan.tied_head and network.objective.part_names == ("lm",)
     fields["model"]["model_config"]["kv_lora_rank"] = 16
     with pytest.raises(PanguError, match="model_config.kv_lora_rank: no such key"):
-        mindformers.check_keys(mindformers.complete(fields))
+        check_keys(complete(fields))
     with pytest.raises(PanguError, match="architectures: found .*'Other'.*, wanted one of OpenPanguV2ForCausalLM"):
-        mindformers.complete(changed(model__model_config__architectures=["Other"]))
+        complete(changed(model__model_config__architectures=["Other"]))
 
 
 def test_a_run_stands_for_its_newest_checkpoint(mindformers, data, tmp_path):
     for step in (2, 10):
         (tmp_path / "checkpoints" / f"step_{step:06}").mkdir(parents=True)
         PanguConfig.from_pretrained(data / "tiny").save_pretrained(tmp_path / "checkpoints" / f"step_{step:06}")
-    assert mindformers.complete(changed(load_checkpoint=str(tmp_path)))["load_checkpoint"].endswith("step_000010")
+    assert complete(changed(load_checkpoint=str(tmp_path)))["load_checkpoint"].endswith("step_000010")
 
 
 def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):

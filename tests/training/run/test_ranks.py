@@ -34,8 +34,6 @@ def test_expert_ranks_are_data_parallel_ranks(fields):
      "tensor parallel 4 does not divide 90 rows .model.embed_tokens.weight.*: take one of 1, 2$"),
     ({"parallel_config": {"data_parallel": 0}}, "data parallel is 0: wanted a whole number"),
     ({"parallel_config": {"model_parallel": "2"}}, "tensor parallel is '2': wanted a whole number"),
-    ({"parallel_config": {"pipeline_stage": 2}}, "parallel_config.pipeline_stage: found 2, wanted 1: "),
-    ({"parallel": {"parallel_mode": 1}}, "parallel.parallel_mode: found 1, wanted 0: "),
     ({"parallel": {"enable_parallel_optimizer": True}, "optimizer": {"type": "AdamW"}},
      "optimizer.type: found AdamW, wanted PanguMuon, .*parallel.enable_parallel_optimizer"),
     ({"runner_wrapper": {"type": "MFTrainOneStepCell"}}, "runner_wrapper.type: found MFTrain.*, wanted PanguTrainStep"),
