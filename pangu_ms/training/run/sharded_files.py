@@ -45,7 +45,7 @@ class Share:
 
 
 def lay_out(path: str, arrays: dict[str, np.ndarray], share: Share) -> None:
-    """Make a file of the length of the whole of `arrays`, of which one rank's parts are given; only its header is there.
+    """Make a file as long as the whole of `arrays`, of which one rank's parts are given. It holds only the header.
 
     Raises:
         OSError: the disk does not take it.
