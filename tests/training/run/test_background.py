@@ -13,6 +13,7 @@ import pytest
 from pangu_ms.architectures.tensors import parameters
 from pangu_ms.checkpoint.directory import checkpoints
 from pangu_ms.errors import CheckpointError
+from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.training.run.background import Background
 from pangu_ms.training.run.state import RunState, read_checkpoint, read_state, save_checkpoint
 from tests.checkpoint import generate
@@ -104,6 +105,26 @@ def test_a_full_disk_is_one_line_later(tmp_path, config, monkeypatch):
         background.wait()
     background.wait()                                                           # which has said it
     assert checkpoints(str(tmp_path)) == [kept] and read_checkpoint(kept)[1]["n"] == 1
+
+
+def test_the_first_rank_waits_for_the_others(data, tmp_path):
+    """A checkpoint of two ranks gets its name when both have written, and keeps nothing of how they told each other."""
+    config = generate.config(data, **generate.SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4})
+    background, ranks = Background(), Ranks(2)
+    weights = {p.name: np.ones(p.local_shape(ranks), np.float32) for p in parameters(config).values()}
+
+    def save(rank, **options):
+        return save_checkpoint(str(tmp_path), config, weights, {"n": np.array(1)}, RunState(1, 1, 0, {}), 1,
+                               ranks=ranks.at(rank), **options)
+
+    path = save(0, start=background.start)
+    time.sleep(0.2)
+    background.check()
+    assert checkpoints(str(tmp_path)) == []
+    save(1)
+    background.wait()
+    assert checkpoints(str(tmp_path)) == [path] and not list(Path(path).rglob("*.done"))
+    assert all((values == 1).all() for values in read_checkpoint(path)[0].values())
 
 
 def test_one_thing_at_a_time():
