@@ -18,6 +18,7 @@ FILES = {".".join(("pangu_ms", *path.relative_to(PACKAGE).with_suffix("").parts)
 # arrows `device` loads ops/ by name when a graph is compiled: a formula does not know what stands in for it.
 ARROWS = {
     "errors": "",
+    "interrupts": "",
     "device": "",
     "plan": "",
     "shaping": "",
@@ -31,8 +32,10 @@ ARROWS = {
     "conversion": "architectures checkpoint errors parallel",
     "text": "architectures errors",
     "pretrained": "architectures checkpoint device errors model parallel",
-    "generation": "architectures cache checkpoint device errors model parallel plan pretrained shaping text yaml_file",
-    "training": "architectures checkpoint conversion errors model parallel pretrained shaping text yaml_file",
+    "generation": "architectures cache checkpoint device errors interrupts model parallel plan pretrained shaping text "
+                  "yaml_file",
+    "training": "architectures checkpoint conversion errors interrupts model parallel pretrained shaping text "
+                "yaml_file",
     "estimate": "architectures cache errors generation model parallel plan training yaml_file",
     "env": "device",
 }

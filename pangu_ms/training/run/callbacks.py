@@ -3,6 +3,7 @@
 The step's outputs are (total, parts, grad_norm, load), see `pangu_ms.training.step`. Whoever makes the callbacks sets
 their `run`.
 """
+import contextlib
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from mindspore.train import Callback
 from tqdm import tqdm
 
 from pangu_ms.errors import PanguError, one_line
+from pangu_ms.interrupts import ctrl_c
 from pangu_ms.parallel import collectives
 from pangu_ms.training.data.loader import source_of
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
@@ -125,6 +127,7 @@ class PanguCheckpoint(Callback):
             raise PanguError(f"callbacks.PanguCheckpoint.async_save: found {async_save!r}, wanted True or False")
         self.every, self.keep = save_checkpoint_steps, keep_checkpoint_max
         self.background = Background() if async_save else None
+        self.opened = contextlib.ExitStack()
 
     def on_train_begin(self, run_context):
         if self.background:
@@ -134,6 +137,8 @@ class PanguCheckpoint(Callback):
         if self.background:
             self.background.check()
         parameters, run = run_context.original_args(), self.run
+        if parameters.cur_step_num == 1:                                        # not before: it would outlast compiling
+            self.opened.enter_context(ctrl_c())
         network = parameters.train_network
         step = run.start + parameters.cur_step_num
         # Here too: whatever order the callbacks have, nothing broken is saved.
@@ -145,8 +150,9 @@ class PanguCheckpoint(Callback):
     def __exit__(self, kind, error, _):
         """However the training ended, what is being written is written to its end."""
         try:
-            if self.background:
-                self.background.wait()
+            with self.opened:
+                if self.background:
+                    self.background.wait()
         except PanguError as failure:
             if error is None:
                 raise

@@ -1,6 +1,9 @@
 """What a run logs, refuses and saves; the training step is stood in for by its outputs."""
 import json
+import os
+import signal
 import sys
+import threading
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -152,6 +155,26 @@ def test_what_the_thread_could_not_write_ends_the_run(tmp_path, monkeypatch, cap
         training(PanguMonitor(), checkpoint)
     assert len(read_log(tmp_path)) <= 4
     assert capsys.readouterr().err.count("pangu-train: the disk is full") == len(broken)
+
+
+def test_ctrl_c_waits_for_what_is_written(tmp_path, monkeypatch):
+    """MindSpore answers Ctrl-C with SIGTERM, which would end the process."""
+    written, go, terminate = [], threading.Event(), signal.getsignal(signal.SIGTERM)
+
+    def interrupted(step):
+        if step == 2:
+            threading.Timer(0.1, go.set).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outputs(step)
+
+    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *_, start: start("", lambda: written.append(go.wait())))
+    training = Training(tmp_path, interrupted, 9)
+    network = training.parameters.train_network
+    network.causal_lm = SimpleNamespace(get_parameters=lambda: [], config="config", ranks=Ranks())
+    network.get_parameters = lambda: []
+    with pytest.raises(KeyboardInterrupt):
+        training(PanguCheckpoint(save_checkpoint_steps=1))
+    assert written == [True] and signal.getsignal(signal.SIGTERM) is terminate
 
 
 @pytest.mark.parametrize("options", [{"save_checkpoint_steps": 0}, {"keep_checkpoint_max": "5"}, {"async_save": "no"}])
