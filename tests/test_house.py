@@ -18,6 +18,7 @@ FILES = {".".join(("pangu_ms", *path.relative_to(PACKAGE).with_suffix("").parts)
 # arrows `device` loads ops/ by name when a graph is compiled: a formula does not know what stands in for it.
 ARROWS = {
     "errors": "",
+    "interrupts": "",
     "device": "",
     "plan": "",
     "shaping": "",
@@ -32,10 +33,10 @@ ARROWS = {
     "conversion": "architectures checkpoint errors parallel",
     "text": "architectures errors",
     "pretrained": "architectures checkpoint device errors model parallel",
-    "generation": "architectures cache checkpoint device errors model parallel plan pretrained shaping text yaml_file "
-                  "yaml_keys",
-    "training": "architectures checkpoint conversion device errors model parallel pretrained shaping text yaml_file "
-                "yaml_keys",
+    "generation": "architectures cache checkpoint device errors interrupts model parallel plan pretrained shaping text "
+                  "yaml_file yaml_keys",
+    "training": "architectures checkpoint conversion device errors interrupts model parallel pretrained shaping text "
+                "yaml_file yaml_keys",
     "estimate": "architectures cache errors generation model parallel plan training yaml_file",
     "env": "device",
 }

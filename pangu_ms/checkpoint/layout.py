@@ -62,12 +62,6 @@ class LayoutTensor:
         """What this tensor holds of the parameter's array `whole`."""
         return np.concatenate([_rectangle(whole, part) for part in self.slices]).reshape(self.shape)
 
-    def write_into(self, whole: np.ndarray, values: np.ndarray) -> None:
-        """Put the values of this tensor where they belong in the parameter's array `whole`, which is contiguous."""
-        values = values.reshape(self.rows, self.columns)
-        for part in self.slices:
-            _rectangle(whole, part)[...] = values[part.at:part.at + part.rows]
-
 
 def _rectangle(whole: np.ndarray, part: Slice) -> np.ndarray:
     """A slice of the parameter's array, as a view."""

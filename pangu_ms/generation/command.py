@@ -16,10 +16,11 @@ from pangu_ms.architectures.tensors import check_ranks
 from pangu_ms.checkpoint.directory import document_directory
 from pangu_ms.errors import ConfigError, PanguError, one_line
 from pangu_ms.generation.config_file import PredictFile, find_predict_file
-from pangu_ms.generation.interactive import converse, ctrl_c, show_reply
+from pangu_ms.generation.interactive import converse, show_reply
 from pangu_ms.generation.prefix import Continuation
 from pangu_ms.generation.request import GENERATION_CONFIG, check_request, find_defaults, find_eos_token_ids
 from pangu_ms.generation.sampling import Sampling
+from pangu_ms.interrupts import ctrl_c
 from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.text.chat_template import ChatTemplate
 from pangu_ms.text.reply import ReplyParser

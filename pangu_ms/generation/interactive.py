@@ -1,6 +1,5 @@
 """A conversation in a terminal: a line in, a reply as it comes, until the user leaves."""
 import contextlib
-import signal
 import sys
 
 from pangu_ms.errors import PanguError, one_line
@@ -108,18 +107,3 @@ def _show(parts, part):
             print(text, end="", flush=True)
         part = following
     return part
-
-
-@contextlib.contextmanager
-def ctrl_c():
-    """In here, and afterwards, Ctrl-C raises KeyboardInterrupt. For the main thread.
-
-    Whenever a graph runs, MindSpore replaces Python's handler by one that answers Ctrl-C with SIGTERM to its own
-    process, and leaves it there. So SIGTERM raises KeyboardInterrupt in here, too.
-    """
-    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, terminate)
-        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,8 +7,11 @@ import pytest
 
 from pangu_ms import PanguForCausalLM
 from pangu_ms.architectures.pangu_embedded import PanguEmbeddedConfig
+from pangu_ms.architectures.tensors import parameters
+from pangu_ms.checkpoint.layout import sliced
 from pangu_ms.errors import ConfigError
-from pangu_ms.training.initial_values import initialize
+from pangu_ms.parallel.ranks import Ranks
+from pangu_ms.training.initial_values import initial_values, initialize
 from pangu_ms.training.objectives.settings import TrainingSettings
 
 LAYERS, HIDDEN, RANGE, MOE_STD = 6, 128, 0.02, 0.00206
@@ -109,6 +112,29 @@ def test_a_seed_decides_every_bit(model, values):
 def test_no_two_parameters_have_the_same_draw(values):
     first = [found.ravel()[:20] / found.std() for name, found in values.items()
              if any(name.endswith(end) for end in NORMAL)]
+    assert len(np.unique(np.round(first, 4), axis=0)) == len(first)
+
+
+def test_ranks_draw_their_parts_of_the_same_values(small):
+    """Also of tiles that several ranks have something of, by rows and by columns."""
+    config = small(num_attention_heads=4, num_key_value_heads=4, hidden_size=96, vocab_size=200, n_routed_experts=4,
+                   moe_intermediate_size=168)
+    for p in parameters(config).values():
+        whole = initial_values(sliced(p), config.plan, TrainingSettings(), 3)
+        for ranks in (Ranks(4, 1), Ranks(2, 2)):
+            for rank in range(ranks.count):
+                part = sliced(p, ranks.at(rank))
+                np.testing.assert_array_equal(initial_values(part, config.plan, TrainingSettings(), 3),
+                                              part.part_of(whole), err_msg=p.name)
+
+
+def test_no_two_tiles_have_the_same_draw(values):
+    """Of all matrices together: nor do two tiles of one, or the same tile of two experts."""
+    first = [member[row, column:column + 8] / found.std() for name, found in values.items()
+             if any(name.endswith(end) for end in NORMAL)
+             for member in found.reshape(-1, *found.shape[-2:])
+             for row in range(0, member.shape[0], 64) for column in range(0, member.shape[1] - 7, 64)]
+    assert len(first) > 1000
     assert len(np.unique(np.round(first, 4), axis=0)) == len(first)
 
 

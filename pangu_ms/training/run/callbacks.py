@@ -3,6 +3,7 @@
 The step's outputs are (total, parts, grad_norm, load), see `pangu_ms.training.step`. Whoever makes the callbacks sets
 their `run`.
 """
+import contextlib
 import json
 import os
 import sys
@@ -15,10 +16,12 @@ import numpy as np
 from mindspore.train import Callback
 from tqdm import tqdm
 
-from pangu_ms.errors import PanguError
+from pangu_ms.errors import PanguError, one_line
+from pangu_ms.interrupts import ctrl_c
 from pangu_ms.parallel import collectives
 from pangu_ms.training.data.loader import source_of
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
+from pangu_ms.training.run.background import Background
 from pangu_ms.training.run.state import LOG_FILE, RunState, save_checkpoint
 
 
@@ -107,19 +110,35 @@ class PanguMonitor(Callback):
 
 
 class PanguCheckpoint(Callback):
-    """Saves every `save_checkpoint_steps` steps and at the end; keeps the newest `keep_checkpoint_max`."""
+    """Saves every `save_checkpoint_steps` steps and at the end; keeps the newest `keep_checkpoint_max`.
+
+    async_save: the step only copies what is saved; a thread writes it while the training goes on. The next save and the
+    end of the run wait for it, and what it could not do ends the run at the next step.
+    """
 
     run = None
 
-    def __init__(self, save_checkpoint_steps=100, keep_checkpoint_max=5):
+    def __init__(self, save_checkpoint_steps=100, keep_checkpoint_max=5, async_save=True):
         for name, value in (("save_checkpoint_steps", save_checkpoint_steps),
                             ("keep_checkpoint_max", keep_checkpoint_max)):
             if type(value) is not int or value < 1:
                 raise PanguError(f"callbacks.PanguCheckpoint.{name}: found {value!r}, wanted an integer of at least 1")
+        if type(async_save) is not bool:
+            raise PanguError(f"callbacks.PanguCheckpoint.async_save: found {async_save!r}, wanted True or False")
         self.every, self.keep = save_checkpoint_steps, keep_checkpoint_max
+        self.background = Background() if async_save else None
+        self.opened = contextlib.ExitStack()
+
+    def on_train_begin(self, run_context):
+        if self.background:
+            self.background.shows = self.run.rank == 0
 
     def on_train_step_end(self, run_context):
+        if self.background:
+            self.background.check()
         parameters, run = run_context.original_args(), self.run
+        if parameters.cur_step_num == 1:                                        # not before: it would outlast compiling
+            self.opened.enter_context(ctrl_c())
         network = parameters.train_network
         step = run.start + parameters.cur_step_num
         # Here too: whatever order the callbacks have, nothing broken is saved.
@@ -128,17 +147,32 @@ class PanguCheckpoint(Callback):
         if step % self.every == 0 or step == run.steps:
             self._save(network, step)
 
+    def __exit__(self, kind, error, _):
+        """However the training ended, what is being written is written to its end."""
+        try:
+            with self.opened:
+                if self.background:
+                    self.background.wait()
+        except PanguError as failure:
+            if error is None:
+                raise
+            print(f"pangu-train: {one_line(failure)}", file=sys.stderr)         # besides what ended the training
+
     def _save(self, network, step):
         run, model = self.run, network.causal_lm
         ranks = replace(model.ranks, rank=run.rank)
         holds = run.rank < ranks.model.count                                    # the others are copies
-        arrays = [{name: parameter.asnumpy() for name, parameter in each.items()}
+        take, options = np.asarray, {}
+        if self.background:
+            self.background.wait()                                              # one copy in memory at a time
+            take, options = np.array, {"start": self.background.start}          # the next step changes the others
+        arrays = [{name: take(parameter.asnumpy()) for name, parameter in each.items()}
                   for each in (split_parameters(network) if holds else ({}, {}))]
         if isinstance(network.optimizer, PanguMuon):
             arrays[1] |= network.optimizer.gathered_states()                    # which all ranks put together
         state = RunState(step, step * run.sequences_per_step, run.seed, run.fields)
         save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer, ranks,
-                        lambda: collectives.wait(model.ranks))
+                        lambda: collectives.wait(model.ranks), **options)
 
 
 def split_parameters(network):

@@ -226,11 +226,12 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         return super().create_optimizer_scheduler(network, model_params)
 
     def sort_callbacks(self, default_callbacks):
-        """Ours are told of the run, since MindFormers makes callbacks from the file's keys alone."""
+        """Ours are told of the run, since MindFormers makes callbacks from the file's keys alone. The one that saves is
+        called last: a run that goes on from what it saved does not get a line of the log again."""
         for callback in default_callbacks:
             if isinstance(callback, PanguMonitor | PanguCheckpoint):
                 callback.run = self.run
-        return super().sort_callbacks(default_callbacks)
+        return sorted(super().sort_callbacks(default_callbacks), key=lambda each: isinstance(each, PanguCheckpoint))
 
     def create_model_wrapper(self, network, optimizer):
         """In a resumed run the step gets every parameter back."""

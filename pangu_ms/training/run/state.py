@@ -8,11 +8,14 @@
 
 A checkpoint is written under another name, put on the disk, and renamed. What an interrupted write or removal leaves
 ends in .partial and is never taken for a checkpoint. Ranks that share a model write one checkpoint together, the same
-that one process would write, and any other ranks can go on from it. Needs no MindSpore.
+that one process would write, and any other ranks can go on from it. A rank that has written its part says so by a file,
+not by a collective, which a thread beside the training must not begin. Needs no MindSpore.
 """
+import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,6 +36,7 @@ STATE_FILE = os.path.join("training", "state.json")
 PARTIAL = ".partial"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "generation_config.json")
+_DONE = "rank_{}.done"
 _BEFORE = "remove {} to resume from the one before"
 
 
@@ -55,7 +59,8 @@ class RunState:
 
 def save_checkpoint(output_dir: str, config: Config, weights: dict[str, np.ndarray],
                     optimizer: dict[str, np.ndarray], state: RunState, keep: int, tokenizer: str | None = None,
-                    ranks: Ranks = Ranks(), wait: Callable[[], None] = lambda: None) -> str:
+                    ranks: Ranks = Ranks(), wait: Callable[[], None] = lambda: None,
+                    start: Callable[[str, Callable[[], None]], None] = lambda name, work: work()) -> str:
     """Write `state.step`'s checkpoint, then remove all but the newest `keep`.
 
     Args:
@@ -64,38 +69,54 @@ def save_checkpoint(output_dir: str, config: Config, weights: dict[str, np.ndarr
         ranks: how processes share the model, and which of them this is. A data parallel copy's arrays are not looked
             at: the first copy has written them.
         wait: returns when all processes of the run have called it.
+        start: is given what the work is called, and the work: all that takes long. Default: it is done at once. Done in
+            a thread, the arrays must not change meanwhile, and no other checkpoint begin.
 
     Returns:
-        The checkpoint's directory.
+        The checkpoint's directory. It is there when the work of rank 0 is done.
 
     Raises:
-        CheckpointError: the disk is full or does not take it; earlier checkpoints stay as they are.
+        CheckpointError: also from the work: the disk is full or does not take it; earlier checkpoints stay as they are.
     """
     target = step_directory(output_dir, state.step)
     partial = target + PARTIAL
     files = {os.path.join(partial, SINGLE_FILE): weights, os.path.join(partial, OPTIMIZER_FILE): optimizer}
     share, writes = Share(config, ranks), ranks.rank < ranks.tensor * ranks.expert
-    try:
+    with _refusals(target, ranks):
         if ranks.rank == 0:
             _begin(partial, config, tokenizer)
             for path, arrays in files.items():
                 lay_out(path, arrays, share)
-        wait()
-        for path, arrays in files.items() if writes else ():
-            write_parts(path, arrays, share)
-        wait()
-        if ranks.rank == 0:
-            _finish(partial, target, state)
-            for old in checkpoints(output_dir)[:-keep]:
-                os.rename(old, old + PARTIAL)  # half removed, it must not look like a checkpoint
-                shutil.rmtree(old + PARTIAL)
+    wait()
+
+    def work():
+        with _refusals(target, ranks):
+            for path, arrays in files.items() if writes else ():
+                write_parts(path, arrays, share)
+            if ranks.rank == 0:
+                _await_others(partial, ranks)
+                _finish(partial, target, state)
+                for old in checkpoints(output_dir)[:-keep]:
+                    os.rename(old, old + PARTIAL)  # half removed, it must not look like a checkpoint
+                    shutil.rmtree(old + PARTIAL)
+            elif writes:
+                open(os.path.join(partial, _DONE.format(ranks.rank)), "x").close()
+
+    start(f"writing {os.path.relpath(target, output_dir)}", work)
+    return target
+
+
+@contextlib.contextmanager
+def _refusals(target: str, ranks: Ranks):
+    """What the disk refuses is a `CheckpointError` of one line."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise CheckpointError(f"{error.filename}: not there for rank {ranks.rank}; choose an output_dir that all "
                               "processes reach") from None
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror}; make room or choose another output_dir, "
                               "then --resume goes on from the checkpoint before") from None
-    return target
 
 
 def _begin(partial: str, config: Config, tokenizer: str | None) -> None:
@@ -112,13 +133,25 @@ def _begin(partial: str, config: Config, tokenizer: str | None) -> None:
             shutil.copyfile(os.path.join(tokenizer, name), os.path.join(partial, name))
 
 
+def _await_others(partial: str, ranks: Ranks) -> None:
+    """Return when all ranks of the model have written their parts."""
+    wanted = {_DONE.format(rank) for rank in range(1, ranks.model.count)}
+    while wanted - set(os.listdir(partial)):
+        time.sleep(0.05)
+    for name in wanted:
+        os.remove(os.path.join(partial, name))
+
+
 def _finish(partial: str, target: str, state: RunState) -> None:
-    """Write the state, have all of it on the disk, and give the directory its name."""
+    """Write the state, have all of it and the log on the disk, and give the directory its name."""
     with open(os.path.join(partial, STATE_FILE), "w", encoding="utf-8") as file:
         json.dump(asdict(state), file, indent=1)
     for directory, _, names in os.walk(partial, topdown=False):
         for name in (*names, ""):
             sync(os.path.join(directory, name))
+    log = os.path.join(os.path.dirname(os.path.dirname(target)), LOG_FILE)
+    if os.path.exists(log):
+        sync(log)  # who resumes adds to its lines, which must be there up to the checkpoint
     os.rename(partial, target)
     sync(os.path.dirname(target))
 

@@ -1,5 +1,9 @@
 """What a run logs, refuses and saves; the training step is stood in for by its outputs."""
 import json
+import os
+import signal
+import sys
+import threading
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -47,7 +51,7 @@ class Training:
                     callback.on_train_step_end(self.context)
         finally:
             for callback in called:
-                callback.__exit__(None, None, None)
+                callback.__exit__(*sys.exc_info())
 
 
 def outputs(step, **broken):
@@ -115,7 +119,7 @@ def test_saves_at_its_steps_and_at_the_end(tmp_path, monkeypatch):
 def test_parameters_are_split_into_weights_and_the_rest(tmp_path, monkeypatch):
     """Weights under the model's names, whatever the optimizer keeps besides, and the cursor."""
     given = {}
-    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *arguments: given.update(enumerate(arguments[:7])))
+    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *arguments, **_: given.update(enumerate(arguments[:7])))
     training = Training(tmp_path, outputs, 3)
     weight, moment = (ms.Parameter(ms.Tensor(np.full(2, value, np.float32)), name=name)
                       for name, value in (("w", 1), ("m.w", 2)))
@@ -128,9 +132,52 @@ def test_parameters_are_split_into_weights_and_the_rest(tmp_path, monkeypatch):
     assert {name: values.tolist() for name, values in weights.items()} == {"w": [1, 1]}
     assert {name: values.tolist() for name, values in optimizer.items()} == {"m.w": [2, 2]}
     assert (state.step, state.sequences, state.seed, state.fields) == (3, 6, 1, {"seed": 1})
+    weight.set_data(ms.Tensor(np.zeros(2, np.float32)))
+    ms.ops.assign_add(moment, ms.Tensor(np.ones(2, np.float32)))
+    assert (weights["w"].tolist(), optimizer["m.w"].tolist()) == ([1, 1], [2, 2])  # what a thread may still write
 
 
-@pytest.mark.parametrize("options", [{"save_checkpoint_steps": 0}, {"keep_checkpoint_max": "5"}])
+@pytest.mark.parametrize("broken, message", [({}, "^the disk is full$"), ({"norm": np.inf}, "step 3: grad_norm is inf")])
+def test_what_the_thread_could_not_write_ends_the_run(tmp_path, monkeypatch, capsys, broken, message):
+    """At the next step or at the end; where something else has ended the run, it is said besides."""
+    def save_checkpoint(*arguments, start):
+        def work():
+            raise PanguError("the disk is full")
+        start("writing", work)
+
+    monkeypatch.setattr(callbacks, "save_checkpoint", save_checkpoint)
+    training = Training(tmp_path, lambda step: outputs(step, **broken) if step == 3 else outputs(step), 9,
+                        rate=ms.Tensor(0.5))
+    network, checkpoint = training.parameters.train_network, PanguCheckpoint(save_checkpoint_steps=2)
+    network.causal_lm = SimpleNamespace(get_parameters=lambda: [], config="config", ranks=Ranks())
+    network.get_parameters = lambda: []
+    with pytest.raises(PanguError, match=message):
+        training(PanguMonitor(), checkpoint)
+    assert len(read_log(tmp_path)) <= 4
+    assert capsys.readouterr().err.count("pangu-train: the disk is full") == len(broken)
+
+
+def test_ctrl_c_waits_for_what_is_written(tmp_path, monkeypatch):
+    """MindSpore answers Ctrl-C with SIGTERM, which would end the process."""
+    written, go, terminate = [], threading.Event(), signal.getsignal(signal.SIGTERM)
+
+    def interrupted(step):
+        if step == 2:
+            threading.Timer(0.1, go.set).start()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return outputs(step)
+
+    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *_, start: start("", lambda: written.append(go.wait())))
+    training = Training(tmp_path, interrupted, 9)
+    network = training.parameters.train_network
+    network.causal_lm = SimpleNamespace(get_parameters=lambda: [], config="config", ranks=Ranks())
+    network.get_parameters = lambda: []
+    with pytest.raises(KeyboardInterrupt):
+        training(PanguCheckpoint(save_checkpoint_steps=1))
+    assert written == [True] and signal.getsignal(signal.SIGTERM) is terminate
+
+
+@pytest.mark.parametrize("options", [{"save_checkpoint_steps": 0}, {"keep_checkpoint_max": "5"}, {"async_save": "no"}])
 def test_bad_options(options):
-    with pytest.raises(PanguError, match=f"callbacks.PanguCheckpoint.{next(iter(options))}: found .* wanted an int"):
+    with pytest.raises(PanguError, match=f"callbacks.PanguCheckpoint.{next(iter(options))}: found .* wanted (an int|T)"):
         PanguCheckpoint(**options)

@@ -19,6 +19,7 @@ from pangu_ms.conversion.command import main as convert
 from pangu_ms.errors import CheckpointError, PanguError
 from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.training.run import state
+from pangu_ms.training.run.sharded_files import Share, lay_out, write_parts
 from pangu_ms.training.run.state import RunState, check_fields, flatten, read_checkpoint, read_state
 from tests.checkpoint import generate
 
@@ -104,6 +105,28 @@ def test_ranks_write_what_one_process_would(tmp_path, data, ranks):
                 assert found.keys() == wanted.keys()
                 for name in wanted:
                     np.testing.assert_array_equal(found[name], wanted[name])
+
+
+def test_a_rank_writes_its_own_bytes_and_no_others(tmp_path, data, monkeypatch):
+    """Together the ranks write each byte behind the header once, also where a disk takes little at a time."""
+    config = generate.config(data, **generate.SMALL | {"num_attention_heads": 4, "num_key_value_heads": 4})
+    path, written, pwrite = str(tmp_path / "x.safetensors"), [], os.pwrite
+
+    def little(descriptor, values, start):
+        count = pwrite(descriptor, values[:100], start)
+        written.extend(range(start, start + count))
+        return count
+
+    monkeypatch.setattr(os, "pwrite", little)
+    ranks = Ranks(2, 2, 2)
+    for rank in range(ranks.count):
+        share = Share(config, ranks.at(rank))
+        held = {name: np.full(p.local_shape(ranks), rank + 1, np.float32) for name, p in parameters(config).items()}
+        if rank == 0:
+            lay_out(path, held, share)
+            header = len(Path(path).read_bytes()) - 4 * sum(p.count for p in parameters(config).values())
+        write_parts(path, held, share)
+    assert sorted(written) == list(range(header, os.path.getsize(path)))
 
 
 def test_a_run_stands_for_its_newest_checkpoint(tmp_path, config, weights, capsys):
