@@ -6,6 +6,7 @@ from pangu_ms.text.tokenizer import Tokenizer
 from pangu_ms.training.data.chats import read_chats
 from pangu_ms.training.data.documents import read_texts
 from pangu_ms.training.data.packing import PackedDataset
+from pangu_ms.training.data.ramp import Steps
 
 COLUMNS = ["input_ids", "labels", "loss_mask", "position_ids"]
 
@@ -56,4 +57,5 @@ def source_of(dataset):
     """The Python object that a pipeline draws from, None when it is another kind of source."""
     while dataset.children:
         dataset = dataset.children[0]
-    return getattr(dataset, "source", None)
+    source = getattr(dataset, "source", None)
+    return source_of(source.batches) if isinstance(source, Steps) else source

@@ -56,6 +56,10 @@ def changed(**values):
     ({"lr_schedule__warmup_epochs": 1}, "warmup_epochs: .*give warmup_steps or warmup_ratio"),
     ({"optimizer": None}, "optimizer: found None, wanted a section"),
     ({"run_mode": "finetune"}, "run_mode: found finetune without weights"),
+    ({"model__model_config__compute_dtype": "float16"}, "compute_dtype: found float16, wanted bfloat16 or float32"),
+    ({"load_optimizer": True}, "load_optimizer: found True without load_checkpoint"),
+    ({"pangu_training__batch_ramp": [[0, 4], [9, 8]], "runner_config__gradient_accumulation_steps": 2},
+     "gradient_accumulation_steps: found 2 with pangu_training.batch_ramp, wanted 1"),
 ])
 def test_a_wrong_key_is_named_with_its_neighbour(mindformers, tmp_path, values, message):
     with pytest.raises(PanguError, match=message) as raised:
@@ -119,7 +123,8 @@ def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
 
     monkeypatch.setattr(mindformers.TrainStep, "__call__", once)
     step = mindformers.PanguTrainStep.__new__(mindformers.PanguTrainStep)
-    object.__setattr__(step, "accumulation", 2)
+    for name, value in (("accumulates", True), ("sequences", 2)):
+        object.__setattr__(step, name, value)
     batch = (ms.Tensor(np.arange(4, dtype=np.int32)), ms.Tensor(np.ones(4, np.float32)))
     total, parts, norm, load = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
     assert calls == [([0, 1], [1, 1]), ([2, 3], [1, 1])]
