@@ -153,7 +153,7 @@ def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
     monkeypatch.setattr(loader_module, "read_chats", lambda path, tokenizer: documents)
     loader = mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", seed=9, epochs=3, dataset_dir=None)
     rows = [row["input_ids"][0] for row in loader.create_dict_iterator(num_epochs=1, output_numpy=True)]
-    assert rows == [0, 1, 2, 3, 4, 5] and seen == [(documents, 4, 9)]
+    assert rows == [0, 1, 2, 3, 4, 5] and seen == [(documents, 4, 9, None, None)]
     own = mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", epochs=3, tensor_parallel=2, num_shards=4,
                                        shard_id=3)                              # with shard 2, of the second half
     assert [row["input_ids"][0] for row in own.create_dict_iterator(num_epochs=1, output_numpy=True)] == [1, 3, 5]
@@ -163,6 +163,10 @@ def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
     assert (source.documents(5), source.largest_id) == (["d5"], 90)
     with pytest.raises(PanguError, match="data_loader.documents: found 'books', wanted texts or chats"):
         mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="books")
+    mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", min_document_length=2, max_document_length=9)
+    assert seen[-1] == (documents, 4, 0, 2, 9)
+    with pytest.raises(PanguError, match="data_loader.max_document_length: found 0, wanted a number of tokens"):
+        mindformers.PanguJsonlLoader("c.jsonl", "t", 4, max_document_length=0)
 
 
 @pytest.mark.slow
