@@ -29,8 +29,8 @@ class ByStep:
                 wanted = "a whole number" if kinds == (int,) else "a number"
                 raise ConfigError(f"{name}: found {pair!r}, wanted [step, value] with {wanted} of at least {least}")
             if pair[0] <= before or before < 0 and pair[0] != 0:
-                raise ConfigError(f"{name}: found step {pair[0]} {'first' if before < 0 else f'behind {before}'}, wanted "
-                                  "steps that begin with 0 and grow")
+                where = "first" if before < 0 else f"behind {before}"
+                raise ConfigError(f"{name}: found step {pair[0]} {where}, wanted steps that begin with 0 and grow")
             before = pair[0]
         return cls(*(tuple(each) for each in zip(*given)))
 

@@ -20,8 +20,8 @@ def check_load_optimizer(fields):
     if not directory:
         raise ConfigError("load_optimizer: found True without load_checkpoint; give the run that this one continues")
     if not os.path.isfile(os.path.join(directory, OPTIMIZER_FILE)):
-        raise ConfigError(f"load_optimizer: {directory} holds no {OPTIMIZER_FILE}, weights alone; give a checkpoint that "
-                          "pangu-train wrote, or leave load_optimizer out")
+        raise ConfigError(f"load_optimizer: {directory} holds no {OPTIMIZER_FILE}, weights alone; give a checkpoint "
+                          "that pangu-train wrote, or leave load_optimizer out")
     if fields["optimizer"].get("type") != "PanguMuon":
         raise ConfigError(f"load_optimizer: found True with optimizer.type {fields['optimizer'].get('type')}, wanted "
                           "PanguMuon, which counts the steps of its schedule and of its moments apart; it has muon: "

@@ -19,5 +19,5 @@ def check_schedules(fields):
     if schedule.get("type") == "WarmUpStableDecayLR" and not schedule.get(begins_with) \
             and (schedule.get("decay_start_steps") or schedule.get("decay_start_ratio")):
         # Theirs multiplies and divides the stable rate by the step, which is 0 in the first one.
-        raise ConfigError(f"lr_schedule.{begins_with}: found {schedule.get(begins_with)} with WarmUpStableDecayLR, whose "
-                          "stable rate in step 0 is not a number; give warmup_steps: 1 and warmup_lr_init: the rate")
+        raise ConfigError(f"lr_schedule.{begins_with}: found {schedule.get(begins_with)} with WarmUpStableDecayLR, "
+                          "whose stable rate in step 0 is no number; give warmup_steps: 1 and warmup_lr_init: the rate")

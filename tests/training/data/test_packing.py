@@ -77,7 +77,7 @@ def test_documents_between_two_lengths(may_be_cut, bounds, kept):
 
 
 def test_no_document_between_two_lengths():
-    with pytest.raises(PanguError, match="none of 2 documents has 4 to 9 tokens: they have 2 to 3; change min_document"):
+    with pytest.raises(PanguError, match="none of 2 documents has 4 to 9 tokens: they have 2 to 3; change min"):
         PackedDataset(numbered([2, 3], True), 5, 0, 4, 9)
 
 

@@ -119,7 +119,8 @@ def test_steps_in_a_row_may_be_skipped(tmp_path, monkeypatch):
         training(PanguCheckpoint(save_checkpoint_steps=1), PanguMonitor())
     lines = read_log(tmp_path)
     assert [line.get("skipped") for line in lines] == [None, 1, 2, None, 1, 2] and saved == [1, 2, 3, 4, 5, 6]
-    assert [lines[1][name] for name in ("loss", "lm", "mtp_1", "grad_norm", "learning_rate")] == [None, None, 1, None, .5]
+    assert [lines[1][name] for name in ("loss", "lm", "mtp_1", "grad_norm")] == [None, None, 1, None]
+    assert lines[1]["learning_rate"] == 0.5
 
 
 def test_a_part_alone_that_is_not_finite_was_not_skipped(tmp_path):
