@@ -39,7 +39,7 @@ from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run
 from pangu_ms.training.run.fields import complete, kept_fields
 from pangu_ms.training.run.ranks import find_ranks
 from pangu_ms.training.run.restore import begin_stage, check_load_optimizer, restore
-from pangu_ms.training.run.schedules import check_schedules
+from pangu_ms.training.run.schedules import check_schedules, check_total_steps
 from pangu_ms.training.run.state import check_fields
 from pangu_ms.training.step import TrainStep
 from pangu_ms.yaml_file import check_section
@@ -228,6 +228,7 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         if self.run.start >= self.run.steps:
             raise PanguError(f"{self.resume}: the run has made all of its {self.run.steps} steps; to train on, begin "
                              "another with load_checkpoint")
+        check_total_steps(config.lr_schedule, self.run.steps)
         if config.lr_schedule and config.lr_schedule.total_steps in (None, -1):
             config.lr_schedule.total_steps = self.run.steps
         if ramp:

@@ -21,3 +21,11 @@ def check_schedules(fields):
         # Theirs multiplies and divides the stable rate by the step, which is 0 in the first one.
         raise ConfigError(f"lr_schedule.{begins_with}: found {schedule.get(begins_with)} with WarmUpStableDecayLR, "
                           "whose stable rate in step 0 is no number; give warmup_steps: 1 and warmup_lr_init: the rate")
+
+
+def check_total_steps(schedule, steps):
+    """`ConfigError` for a decay that would end before the run's `steps` do, where the rate falls on below zero."""
+    total = (schedule or {}).get("total_steps") or -1
+    if (schedule or {}).get("type") == "WarmUpStableDecayLR" and -1 < total < steps:
+        raise ConfigError(f"lr_schedule.total_steps: found {total}, but the run has {steps} steps, and behind its total "
+                          "WarmUpStableDecayLR falls below 0; leave it out or give as many")

@@ -2,7 +2,7 @@
 import pytest
 
 from pangu_ms.errors import ConfigError
-from pangu_ms.training.run.schedules import check_schedules
+from pangu_ms.training.run.schedules import check_schedules, check_total_steps
 
 FIELDS = {"pangu_training": {}, "runner_wrapper": {"type": "PanguTrainStep"}, "runner_config": {}, "lr_schedule": {}}
 DECAY = {"type": "WarmUpStableDecayLR", "learning_rate": 1e-3}
@@ -30,3 +30,10 @@ def test_what_does_not(change, message):
     with pytest.raises(ConfigError, match=message) as raised:
         check_schedules(FIELDS | change)
     assert "\n" not in str(raised.value)
+
+
+def test_a_decay_ends_with_the_run():
+    for schedule in (None, DECAY, DECAY | {"total_steps": -1}, DECAY | {"total_steps": 9}, {"total_steps": 3}):
+        check_total_steps(schedule, 9)
+    with pytest.raises(ConfigError, match="lr_schedule.total_steps: found 8, but the run has 9 steps, .* below 0"):
+        check_total_steps(DECAY | {"total_steps": 8}, 9)
