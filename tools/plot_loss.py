@@ -57,7 +57,8 @@ def read_log(path):
             try:
                 record = json.loads(line)
                 for name, value in record.items():
-                    found.setdefault(name, []).append((record["step"], float(value)))
+                    if value is not None:  # as in a step that was skipped
+                        found.setdefault(name, []).append((record["step"], float(value)))
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise PanguError(f"{path}:{number}: no line of a training log; give the log.jsonl of a run") from None
     if not found:

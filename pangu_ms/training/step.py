@@ -6,6 +6,7 @@ from mindspore import nn, ops
 
 from pangu_ms.architectures.tensors import parameters
 from pangu_ms.parallel import collectives
+from pangu_ms.training.by_step import ByStep
 
 
 class Gradients(nn.Cell):
@@ -64,30 +65,53 @@ class ModelSum(nn.Cell):
 
 
 class Update(nn.Cell):
-    """Gradients and load [M, E] of a step -> the parameters are changed; the gradients' norm before clipping."""
+    """Gradients, load [M, E] and loss of a step -> the parameters are changed; the gradients' norm before clipping.
 
-    def __init__(self, objective, optimizer, max_grad_norm, bias_update_rate):
+    With `skips`, a loss or norm that is not finite changes nothing but the optimizer's count of steps, which schedules
+    follow. All ranks have the same loss and norm, so all do the same.
+    """
+
+    def __init__(self, objective, optimizer, max_grad_norm, bias_update_rate, skips=False):
         super().__init__(auto_prefix=False)
-        self.optimizer, self.max_norm = optimizer, max_grad_norm
+        self.optimizer, self.max_norm, self.skips = optimizer, max_grad_norm, skips
         self.each = ops.Map()  # a graph's own loop nests one level deeper at every turn
         causal_lm = objective.causal_lm
         self.sum = ops.ReduceSum()
         if causal_lm.ranks.model.count > 1:
             self.sum = ModelSum(causal_lm.ranks, _tensors(objective, optimizer.parameters))
-        self.bias_rate = bias_update_rate if objective.biased else 0.0
+        rates = ByStep.of(bias_update_rate)
+        self.biased, self.constant = objective.biased and rates.largest > 0, len(rates.values) == 1
+        self.rates, self.starts = ms.Tensor(rates.values, ms.float32), ms.Tensor(rates.starts, ms.float32)
         self.biases = ms.ParameterTuple([causal_lm.model.layers[i].mlp.e_score_correction_bias
                                          for i in objective.moe_layers if objective.biased])
 
-    def construct(self, gradients, load):
+    def construct(self, gradients, load, loss=0.0):
         norm = ops.sqrt(self.sum(ops.stack(self.each(_sum_of_squares, gradients))))
+        if not self.skips:
+            return self._change(gradients, load, norm)
+        if ops.logical_and(ops.isfinite(norm), ops.isfinite(loss)):
+            norm = self._change(gradients, load, norm)
+        else:
+            norm = ops.depend(norm, ops.assign_add(self.optimizer.global_step, 1))
+        return norm
+
+    def _change(self, gradients, load, norm):
         if self.max_norm is not None:
             gradients = self.each(ops.partial(_scale, self.max_norm / ops.maximum(norm, self.max_norm)), gradients)
         norm = ops.depend(norm, self.optimizer(gradients))
-        if self.bias_rate > 0:
-            step = self.bias_rate * ops.sign(ops.mean(load, -1, keep_dims=True) - load)
+        if self.biased:
+            step = self._bias_rate(norm) * ops.sign(ops.mean(load, -1, keep_dims=True) - load)
             for i, bias in enumerate(self.biases):
                 norm = ops.depend(norm, ops.assign_add(bias, step[i]))
         return norm
+
+    def _bias_rate(self, norm):
+        """Of the step that the optimizer has counted as its last, behind which `norm` is."""
+        if self.constant:
+            return self.rates
+        count = ops.cast(ops.depend(self.optimizer.global_step, norm), ms.float32)              # [1]
+        begun = ops.sum(ops.cast(count > self.starts, ms.float32), keepdim=True)
+        return ops.gather(self.rates, ops.cast(begun - 1, ms.int32), 0)
 
 
 class TrainStep(nn.Cell):
@@ -100,18 +124,23 @@ class TrainStep(nn.Cell):
         objective: a cell such as `Pretraining`.
         optimizer: an nn.Optimizer over the parameters to train.
         max_grad_norm: clip the norm of all gradients together to this; None: do not.
-        bias_update_rate: what the selection bias of an expert moves by, up for those with less than the mean load.
+        bias_update_rate: what the selection bias of an expert moves by, up for those with less than the mean load; a
+            number or a `ByStep` by the optimizer's count of steps.
+        skips: nothing changes where the loss or the norm is not finite.
+
+    Attributes:
+        accumulation: may be changed between one update and the next, but where it was 1 from the beginning.
     """
 
-    def __init__(self, objective, optimizer, accumulation=1, max_grad_norm=None, bias_update_rate=0.0):
+    def __init__(self, objective, optimizer, accumulation=1, max_grad_norm=None, bias_update_rate=0.0, skips=False):
         super().__init__(auto_prefix=False)
         self.gradients = Gradients(objective, optimizer.parameters)
-        self.update = Update(objective, optimizer, max_grad_norm, bias_update_rate)
-        self.accumulation, self.calls = accumulation, 0
-        if accumulation > 1:
+        self.update = Update(objective, optimizer, max_grad_norm, bias_update_rate, skips)
+        self.accumulation, self.accumulates, self.calls = accumulation, accumulation > 1, 0
+        if self.accumulates:
             self.sums = optimizer.parameters.clone("accumulated", "zeros")
-            self.load_sum = None
-            self.add, self.flush = Accumulate(self.gradients, self.sums), Flush(self.update, self.sums, accumulation)
+            self.load_sum = self.total_sum = None
+            self.add, self.flush = Accumulate(self.gradients, self.sums), Flush(self.update, self.sums)
         self.set_train(True)
 
     @property
@@ -128,17 +157,19 @@ class TrainStep(nn.Cell):
 
     def construct(self, *batch):
         total, parts, load, gradients = self.gradients(*batch)
-        return total, parts, self.update(gradients, load), load
+        return total, parts, self.update(gradients, load, total), load
 
     def __call__(self, *batch):
-        if self.accumulation == 1:
+        if not self.accumulates:
             return super().__call__(*batch)
         total, parts, load = self.add(*batch)
-        self.load_sum = load if self.load_sum is None else self.load_sum + load
+        self.load_sum = load if self.calls == 0 else self.load_sum + load
+        self.total_sum = total if self.calls == 0 else self.total_sum + total
         self.calls += 1
-        if self.calls % self.accumulation:
+        if self.calls < self.accumulation:
             return total, parts, ms.Tensor(0.0, ms.float32), load
-        norm, self.load_sum = self.flush(self.load_sum), None
+        self.calls = 0
+        norm = self.flush(self.load_sum, self.total_sum, ms.Tensor(1 / self.accumulation, ms.float32))
         return total, parts, norm, load
 
 
@@ -155,14 +186,14 @@ class Accumulate(nn.Cell):
 
 
 class Flush(nn.Cell):
-    """Updates the parameters by the mean of the accumulated gradients, and sets `sums` back to zero."""
+    """Updates the parameters by `share` of the accumulated gradients, and sets `sums` back to zero."""
 
-    def __init__(self, update, sums, count):
+    def __init__(self, update, sums):
         super().__init__(auto_prefix=False)
-        self.update, self.sums, self.share, self.each = update, sums, 1 / count, ops.Map()
+        self.update, self.sums, self.each = update, sums, ops.Map()
 
-    def construct(self, load):
-        norm = self.update(self.each(ops.partial(_scale, ms.Tensor(self.share, ms.float32)), self.sums), load)
+    def construct(self, load, total, share):
+        norm = self.update(self.each(ops.partial(_scale, share), self.sums), load, total)
         return ops.depend(norm, self.each(_clear, ops.depend(self.sums, norm)))
 
 

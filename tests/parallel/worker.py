@@ -54,7 +54,7 @@ def grouped(directory, ranks):
 
 def train(directory, ranks):
     """-> arrays by name: the parts of the loss, gradients by parameter, losses and gradient norms of STEPS steps, and
-    the optimizer's moments at their end.
+    the optimizer's moments at their end. A step that is not finite on one rank changes nothing on any.
 
     The ranks share a batch as they share everything else.
     """
@@ -73,15 +73,19 @@ def train(directory, ranks):
     optimizer = PanguMuon(objective.trained_parameters(), model.config, 0.003, ranks=ranks,
                           shard_states=ranks.data > 1)
     step = TrainStep(objective, optimizer, max_grad_norm=1.0,
-                     bias_update_rate=settings.router_bias_update_rate)
+                     bias_update_rate=settings.router_bias_update_rate, skips=True)
     losses, norms = [], []
     for number in range(STEPS):
         total, parts, load, gradients = step.gradients(*batch)
         if number == 0:
             found = {f"gradient {parameter.name}": gradient.asnumpy()
                      for parameter, gradient in zip(optimizer.parameters, gradients)} | {"parts": parts.asnumpy()}
-        norms.append(step.update(ms.mutable(gradients), load).asnumpy())
+        if number == 1:                                                         # what the first rank has is broken
+            broken = gradients if ranks.model.rank else tuple(gradient * np.nan for gradient in gradients)
+            assert not np.isfinite(step.update(ms.mutable(broken), load, total).asnumpy())
+        norms.append(step.update(ms.mutable(gradients), load, total).asnumpy())
         losses.append(total.asnumpy())
+    assert np.isfinite(losses).all()
     states = {parameter.name: parameter.asnumpy() for parameter in optimizer.get_parameters()
               if parameter.name not in optimizer.own_names} | optimizer.gathered_states()
     found |= {f"state {name}": values for name, values in states.items() if name.startswith(("muon.", "adam_m."))}

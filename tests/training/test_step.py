@@ -5,6 +5,7 @@ import pytest
 from mindspore import nn, ops
 
 from pangu_ms import PanguForCausalLM
+from pangu_ms.training.by_step import ByStep
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
@@ -22,9 +23,10 @@ class Keep(nn.Cell):
     def __init__(self, parameters):
         super().__init__(auto_prefix=False)
         self.parameters, self.each = ms.ParameterTuple(parameters), ops.Map()
+        self.global_step = ms.Parameter(ms.Tensor([0], ms.int32), "global_step")
 
     def construct(self, gradients):
-        return self.each(ops.assign, self.parameters, gradients)
+        return ops.depend(self.each(ops.assign, self.parameters, gradients), ops.assign_add(self.global_step, 1))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,26 @@ def test_biases_move_towards_an_even_load(model):
 def test_without_a_rate_biases_stay(model):
     _, _, biases = update(model, GRADIENTS, LOAD, None, 0.0)
     assert not np.any(biases)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(model):
+    """Neither what the optimizer has nor the biases, whose rate goes by the count of steps."""
+    kept = [ms.Parameter(ops.zeros_like(ms.Tensor(g)), f"g{i}") for i, g in enumerate(GRADIENTS)]
+    optimizer, bias = Keep(kept), model.parameters_dict()[BIASES[0]]
+    rates = ByStep((0, 2, 4), (0.01, 0.0, 0.03))
+    cell = Update(Pretraining(model, TrainingSettings()), optimizer, None, rates, skips=True)
+    signs = np.float32([1, -1, 0, 0, 0, 0, 0, 0])                               # of LOAD
+    steps = ((1, 0, 0.01), (np.nan, 0, 0.01), (2, 0, 0.01), (3, -np.inf, 0.01), (4, 0, 0.04), (1e30, 0, 0.04))
+    for count, (factor, loss, moved) in enumerate(steps, 1):
+        gradients = tuple(ms.Tensor(np.float32(factor) * g) for g in GRADIENTS)
+        norm = cell(ms.mutable(gradients), ms.Tensor(LOAD), ms.Tensor(loss, ms.float32))
+        np.testing.assert_allclose(norm.asnumpy(), np.inf if factor == 1e30 else 5 * factor, rtol=1e-6)
+        last = max(n for n, other, _ in steps[:count] if n < 1e30 and np.isfinite(other))
+        np.testing.assert_array_equal(kept[0].asnumpy(), last * GRADIENTS[0])
+        np.testing.assert_allclose(bias.asnumpy(), moved * signs, rtol=1e-6)
+        assert optimizer.global_step.asnumpy() == [count]
+    for name in BIASES:
+        model.parameters_dict()[name].set_data(ops.zeros_like(bias))
 
 
 @pytest.mark.slow

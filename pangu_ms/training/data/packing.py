@@ -44,22 +44,31 @@ class PackedDataset:
         documents: all documents of the run.
         sequence_length: T, in tokens.
         seed: decides all orders.
+        min_length, max_length: documents of fewer or more tokens are left out; None: there is no such bound.
 
     Attributes:
         dropped (list[str]): names of the chats that are too long.
 
     Raises:
-        PanguError: the sequence length is below 1, or no document fits into it.
+        PanguError: the sequence length is below 1, or no document fits into it or between the two lengths.
     """
 
-    def __init__(self, documents: Documents, sequence_length: int, seed: int):
+    def __init__(self, documents: Documents, sequence_length: int, seed: int, min_length: int | None = None,
+                 max_length: int | None = None):
         if sequence_length < 1:
             raise PanguError(f"sequence_length is {sequence_length}: wanted at least 1")
         self._documents = documents
         self._sequence_length = sequence_length
         lengths = np.diff(documents.offsets)
+        longest = lengths.max(initial=0) if max_length is None else max_length
+        wanted = (lengths >= (min_length or 0)) & (lengths <= longest)
+        if len(lengths) and not wanted.any():
+            raise PanguError(f"none of {len(lengths)} documents has {min_length or 0} to {longest} tokens: they have "
+                             f"{lengths.min()} to {lengths.max()}; change min_document_length or max_document_length")
+        self._kept = np.flatnonzero(wanted)  # places in `documents`; the packing counts these alone
+        lengths = lengths[wanted]
         too_long = np.flatnonzero(lengths > sequence_length) if not documents.may_be_cut else []
-        self.dropped = [documents.names[i] for i in too_long]
+        self.dropped = [documents.names[self._kept[i]] for i in too_long]
         if len(self.dropped) == len(lengths):
             shortest = f", the shortest has {lengths.min()} tokens" if len(lengths) else ""
             raise PanguError(f"sequence_length is {sequence_length}: none of {len(lengths)} documents fits"
@@ -104,7 +113,7 @@ class PackedDataset:
         """Which tokens of which documents sequence n holds: [(document, begin, end)]."""
         if n < 0:
             raise IndexError(f"sequence {n}: they are counted from 0")
-        return self._packing.parts(*divmod(n, len(self)))
+        return [(int(self._kept[i]), begin, end) for i, begin, end in self._packing.parts(*divmod(n, len(self)))]
 
 
 class _EndToEnd:

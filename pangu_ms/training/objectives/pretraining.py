@@ -8,6 +8,7 @@ from pangu_ms.model.cross_entropy import LogShare, cross_entropy
 from pangu_ms.model.linear import dense_weight
 from pangu_ms.model.trace import tokens_ahead
 from pangu_ms.parallel import collectives
+from pangu_ms.training.by_step import ByStep
 from pangu_ms.training.objectives.balance import balance_loss, expert_load, z_loss
 from pangu_ms.training.objectives.indexer import IndexerLoss
 from pangu_ms.training.objectives.masks import mtp_mask, real_rows
@@ -51,7 +52,7 @@ class Pretraining(nn.Cell):
             balance = moes[0].balance_loss_coeff if moes else 0.0
         self.balanced, self.z = (coeff > 0 and len(moes) > 0 and not self.warm_up
                                  for coeff in (balance, settings.z_loss_coeff))
-        if settings.router_bias_update_rate > 0 and moes and not self.biased:
+        if ByStep.of(settings.router_bias_update_rate).largest > 0 and moes and not self.biased:
             raise ConfigError(f"pangu_training.router_bias_update_rate: found {settings.router_bias_update_rate}, but "
                               "no router of the model has a selection bias; take 0")
         self.indexed = settings.indexer_loss != "off"

@@ -3,6 +3,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from pangu_ms.errors import ConfigError
+from pangu_ms.training.by_step import ByStep
 from pangu_ms.yaml_file import check_section
 
 INDEXER_LOSS = ("off", "dense", "sparse")
@@ -23,12 +24,16 @@ class TrainingSettings:
             None: what config.json says of the model, or 0.
         z_loss_coeff: weight of the router z loss's mean over MoE layers. 0: it is not computed.
         router_bias_update_rate: how far each optimizer step moves the selection bias of an expert towards an even load.
+            [[step, rate], ...], a `ByStep` here: by the number of steps before; 0 leaves the biases as they are.
         moe_init_std: standard deviation of a new model's experts and routers.
         post_norm_init: weight of the norms behind attention and feed-forward in a new model. With 1, as in public code,
             the first sublayer drowns the embedding, and routers send all tokens the same way until these weights have
             come down. "depth_scaled": the weights of Pangu Ultra 135B, which fall with the number of layers.
         initializer: "normal": projections have the model's initializer_range, experts moe_init_std. "tiny": all linear
             maps have the standard deviation of Pangu Ultra 135B, which falls with width and number of layers.
+        batch_ramp: [[step, sequences], ...], a `ByStep` here: how many sequences a step has on all devices. None: those
+            of runner_config.
+        skip_nonfinite: how many steps in a row may change nothing because their loss or gradient norm is not finite.
 
     Raises:
         ConfigError: a value that is out of its range.
@@ -39,15 +44,23 @@ class TrainingSettings:
     indexer_loss_coeff: float = 1.0
     balance_loss_coeff: float | None = None
     z_loss_coeff: float = 0.0
-    router_bias_update_rate: float = 0.0
+    router_bias_update_rate: float | ByStep = 0.0
     moe_init_std: float = 0.00206
     post_norm_init: float | str = 1.0
     initializer: str = NORMAL
+    batch_ramp: ByStep | None = None
+    skip_nonfinite: int = 0
 
     def __post_init__(self):
+        if isinstance(self.router_bias_update_rate, list):
+            rates = ByStep.read("pangu_training.router_bias_update_rate", self.router_bias_update_rate, 0)
+            object.__setattr__(self, "router_bias_update_rate", rates)
+        if not isinstance(self.batch_ramp, ByStep | None):
+            object.__setattr__(self, "batch_ramp", ByStep.read("pangu_training.batch_ramp", self.batch_ramp, 1, (int,)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is float or field.type == float | None and value is not None:
+            if field.type is float or field.type == float | None and value is not None \
+                    or field.type == float | ByStep and not isinstance(value, ByStep):
                 if type(value) not in (int, float) or not 0 <= value < float("inf"):
                     raise ConfigError(f"pangu_training.{field.name}: found {value!r}, wanted a number of at least 0")
                 object.__setattr__(self, field.name, float(value))
@@ -65,6 +78,9 @@ class TrainingSettings:
         if self.indexer_loss not in INDEXER_LOSS:
             raise ConfigError(f"pangu_training.indexer_loss: found {self.indexer_loss!r}, wanted one of "
                               f"{', '.join(INDEXER_LOSS)} (in YAML off is false: put it in quotes)")
+        if type(self.skip_nonfinite) is not int or self.skip_nonfinite < 0:
+            raise ConfigError(f"pangu_training.skip_nonfinite: found {self.skip_nonfinite!r}, wanted a whole number of "
+                              "at least 0")
 
     @classmethod
     def from_dict(cls, fields):

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from pangu_ms.errors import PanguError, one_line
 from pangu_ms.interrupts import ctrl_c
 from pangu_ms.parallel import collectives
+from pangu_ms.training.by_step import ByStep
 from pangu_ms.training.data.loader import source_of
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.run.background import Background
@@ -35,10 +36,13 @@ class Run:
         seed: of data order and initial values.
         steps: where the run ends, counted from its very beginning.
         start: steps that were done before this process.
-        sequences_per_step: on all devices.
+        sequences_per_step: on all devices, where there is no `batch_ramp`.
         sequences: that steps before this process had.
         rank: of this process; rank 0 logs.
         tokenizer: a directory, copied into checkpoints.
+        batch_ramp: a `ByStep` of the sequences of each step.
+        skip_nonfinite: how many steps in a row may have no finite loss or norm.
+        finite: the last step of this process that had, or `start`.
     """
 
     output_dir: str
@@ -50,6 +54,19 @@ class Run:
     sequences: int = 0
     rank: int = 0
     tokenizer: str | None = None
+    batch_ramp: ByStep | None = None
+    skip_nonfinite: int = 0
+    finite: int = 0
+
+    def __post_init__(self):
+        self.finite = self.start
+
+    def sequences_before(self, step: int) -> int:
+        """Of all steps before `step`, which is counted from 1."""
+        return self.batch_ramp.total(step - 1) if self.batch_ramp else (step - 1) * self.sequences_per_step
+
+    def sequences_of(self, step: int) -> int:
+        return self.sequences_before(step + 1) - self.sequences_before(step)
 
 
 class PanguMonitor(Callback):
@@ -57,7 +74,8 @@ class PanguMonitor(Callback):
 
     A line holds step (from 1), loss, each part of it by name, learning_rate, grad_norm (before clipping),
     tokens_per_second and seconds of the step; the first step's seconds include compiling. Where there are experts,
-    expert_balance: load of the busiest one of a layer over the mean, in the worst layer.
+    expert_balance: load of the busiest one of a layer over the mean, in the worst layer. The line of a step that was
+    skipped has null for what was not finite, and skipped: how many were in a row.
     """
 
     run = bar = log = None
@@ -86,12 +104,18 @@ class PanguMonitor(Callback):
             self.bar = tqdm(total=self.run.steps, initial=step - 1, unit="step", desc="training",
                             disable=self._disable())
         check_finite(line, self.run, parameters.train_dataset)
-        tokens = self.run.sequences_per_step * parameters.train_dataset_element[0].shape[1]
+        tokens = self.run.sequences_of(step) * parameters.train_dataset_element[0].shape[1]
         line |= {"learning_rate": learning_rate(parameters.train_network.optimizer, step),
                  "tokens_per_second": tokens / seconds, "seconds": seconds}
+        if skipped := step - self.run.finite:
+            line = {name: value if np.isfinite(value) else None for name, value in line.items()} | {"skipped": skipped}
         if self.log:
             self.log.write(json.dumps(line) + "\n")
             self.log.flush()
+        if skipped:
+            self.bar.set_postfix_str(f"skipped {skipped} in a row", refresh=False)
+            self.bar.update()
+            return
         parts = " ".join(f"{name} {line[name]:.3f}" for name in ("loss", *self.part_names))
         balance = f"balance {line['expert_balance']:.2f} " if "expert_balance" in line else ""
         self.bar.set_postfix_str(f"{parts} lr {line['learning_rate']:.2e} norm {line['grad_norm']:.2f} {balance}"
@@ -170,15 +194,19 @@ class PanguCheckpoint(Callback):
                   for each in (split_parameters(network) if holds else ({}, {}))]
         if isinstance(network.optimizer, PanguMuon):
             arrays[1] |= network.optimizer.gathered_states()                    # which all ranks put together
-        state = RunState(step, step * run.sequences_per_step, run.seed, run.fields)
+        state = RunState(step, run.sequences_before(step + 1), run.seed, run.fields)
         save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer, ranks,
                         lambda: collectives.wait(model.ranks), **options)
 
 
 def split_parameters(network):
-    """(the model's parameters, all others of a `TrainStep` but shards of states: moments, counters) by name."""
+    """(the model's parameters, all others of a `TrainStep` but shards of states: moments, counters) by name.
+
+    Sums of gradients are left out: they are zero between steps.
+    """
     weights = {parameter.name: parameter for parameter in network.causal_lm.get_parameters()}
-    own = network.optimizer.own_names if isinstance(network.optimizer, PanguMuon) else ()
+    own = network.optimizer.own_names if isinstance(network.optimizer, PanguMuon) else set()
+    own = own | {parameter.name for parameter in getattr(network, "sums", ())}
     others = {parameter.name: parameter for parameter in network.get_parameters()
               if parameter.name not in weights and parameter.name not in own}
     return weights, others
@@ -192,14 +220,19 @@ def numbers(part_names, outputs):
 
 
 def check_finite(line, run, dataset):
-    """`PanguError` names the first number of a step that is not finite, and the documents that made it so."""
-    broken = [name for name, value in line.items() if not np.isfinite(value)]
-    if broken:
-        first = (line["step"] - 1) * run.sequences_per_step
+    """`PanguError` names the first number of a step that is not finite, and the documents that made it so.
+
+    A step without a finite loss or norm has changed nothing where `run.skip_nonfinite` allows it, and passes.
+    """
+    step, broken = line["step"], [name for name, value in line.items() if not np.isfinite(value)]
+    if not broken:
+        run.finite = step
+    elif np.isfinite(line["loss"] + line["grad_norm"]) or step - run.finite > run.skip_nonfinite:
+        first = run.sequences_before(step)
         source = source_of(dataset)
-        documents = [str(name) for n in range(first, first + run.sequences_per_step)
+        documents = [str(name) for n in range(first, first + run.sequences_of(step))
                      for name in (source.documents(n) if hasattr(source, "documents") else ())]
-        raise PanguError(f"step {line['step']}: {broken[0]} is {line[broken[0]]}, with the documents "
+        raise PanguError(f"step {step}: {broken[0]} is {line[broken[0]]}, with the documents "
                          f"{', '.join(documents[:20]) or 'unknown'}{' and more' if len(documents) > 20 else ''}; "
                          "nothing was saved since the last good checkpoint: look at them, lower the learning rate")
 

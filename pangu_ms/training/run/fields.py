@@ -7,6 +7,7 @@ from pangu_ms.checkpoint.directory import checkpoint_directory, read_config
 from pangu_ms.errors import ConfigError
 from pangu_ms.training.run.keys import check_keys, read_keys
 from pangu_ms.training.run.ranks import find_ranks
+from pangu_ms.training.run.schedules import check_load_optimizer, check_schedules
 from pangu_ms.training.run.state import check_fields, flatten
 from pangu_ms.yaml_keys import numbers_in
 
@@ -35,6 +36,12 @@ def prepare(fields, resume=None, state=None):
         fields |= {"load_checkpoint": resume, "pretrained_model_dir": ""}
     fields = complete(fields)
     check_keys(fields)
+    check_schedules(fields)
+    if not state:
+        check_load_optimizer(fields)
+    if fields["model"]["model_config"].get("compute_dtype") == "float16":
+        raise ConfigError("model.model_config.compute_dtype: found float16, wanted bfloat16 or float32: gradients in "
+                          "float16 need a scaled loss, which training here does not have")
     if fields["run_mode"] == "finetune" and not (fields.get("load_checkpoint") or fields.get("pretrained_model_dir")):
         raise ConfigError("run_mode: found finetune without weights; give load_checkpoint or pretrained_model_dir")
     return given, fields, find_ranks(fields)

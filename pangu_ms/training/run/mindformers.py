@@ -29,13 +29,15 @@ from pangu_ms.parallel import collectives
 from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.pretrained import PanguForCausalLM
 from pangu_ms.training.data.loader import Epochs, PanguJsonlLoader, source_of
+from pangu_ms.training.data.ramp import ramped
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
-from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run, split_parameters
+from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run
 from pangu_ms.training.run.fields import prepare
-from pangu_ms.training.run.state import read_checkpoint
+from pangu_ms.training.run.restore import begin_stage, restore
+from pangu_ms.training.run.schedules import check_total_steps
 from pangu_ms.training.step import TrainStep
 
 MindFormerRegister.register_cls(PanguJsonlLoader, MindFormerModuleType.DATASET_LOADER)
@@ -126,17 +128,19 @@ class PanguTrainStep(TrainStep):
 
     Args:
         use_clip_grad, max_grad_norm: gradients are scaled down to that norm.
-        accumulation, bias_update_rate: from the trainer.
+        accumulation, bias_update_rate, skips, sequences: from the trainer; `sequences` go through the network at once.
     """
 
     def __init__(self, network, optimizer, use_clip_grad=True, max_grad_norm=1.0, accumulation=1, bias_update_rate=0.0,
-                 **_):
+                 skips=False, sequences=1, **_):
         super().__init__(_ours(network).objective, optimizer, accumulation,
-                         max_grad_norm if use_clip_grad else None, bias_update_rate)
+                         max_grad_norm if use_clip_grad else None, bias_update_rate, skips)
+        self.sequences = sequences
 
     def __call__(self, *batch):
-        if self.accumulation == 1:
+        if not self.accumulates:
             return super().__call__(*batch)
+        self.accumulation = len(batch[0]) // self.sequences                     # which grows with the batch
         columns = [np.split(column.asnumpy(), self.accumulation) for column in batch]
         outputs = [super(PanguTrainStep, self).__call__(*(ms.Tensor(column) for column in part))
                    for part in zip(*columns)]
@@ -162,22 +166,37 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         weights: a checkpoint directory whose weights the model starts from.
         ranks (Ranks): with this process's place.
         shard_states: ranks that hold the same parameters share the optimizer's states.
+        load_optimizer: the optimizer's states start from `weights` too.
     """
 
-    def __init__(self, model_name=None, run=None, resume=None, weights=None, ranks=Ranks(), shard_states=False):
+    def __init__(self, model_name=None, run=None, resume=None, weights=None, ranks=Ranks(), shard_states=False,
+                 load_optimizer=False):
         super().__init__(model_name)
         self.run, self.resume, self.weights, self.ranks = run, resume, weights, ranks
-        self.shard_states = shard_states
+        self.shard_states, self.load_optimizer = shard_states, load_optimizer
 
     def _check_grad_accumulation_steps(self):
         """Theirs resets accumulation to 1 unless parallel_mode is semi_auto_parallel; ours is in `TrainStep`."""
         runner, wrapper = self.config.runner_config, self.config.runner_wrapper
         if wrapper.type == "PanguTrainStep":
+            settings = TrainingSettings.from_dict(self.config.pangu_training)
+            wrapper.bias_update_rate, wrapper.skips = settings.router_bias_update_rate, settings.skip_nonfinite > 0
             wrapper.accumulation = runner.gradient_accumulation_steps or 1
-            wrapper.bias_update_rate = TrainingSettings.from_dict(self.config.pangu_training).router_bias_update_rate
-            runner.batch_size *= wrapper.accumulation
+            wrapper.sequences = runner.batch_size
+            if settings.batch_ramp:
+                wrapper.accumulation = self._batches(settings.batch_ramp).largest
+            else:
+                runner.batch_size *= wrapper.accumulation
             runner.gradient_accumulation_steps = 1
         super()._check_grad_accumulation_steps()
+
+    def _batches(self, ramp):
+        """How many batches a step has of those that go through the network at once, a `ByStep`."""
+        at_once = self.config.runner_wrapper.sequences * self.ranks.batch
+        if wrong := [value for value in ramp.values if value % at_once]:
+            raise ConfigError(f"pangu_training.batch_ramp: found {wrong[0]}, wanted multiples of {at_once}, the "
+                              "sequences of runner_config.batch_size on all devices")
+        return ramp.divided(at_once)
 
     def _train_dataset_postprocess(self, dataset, config):
         """A resumed run skips the sequences it has had. Theirs resumes from `rank_*` files of a parallel run alone,
@@ -192,19 +211,24 @@ class PanguTrainer(CausalLanguageModelingTrainer):
             dataset = dataset.repeat(config.runner_config.epochs)
         config.runner_config.epochs = 1
         # Theirs counts every device's batch; tensor parallel ranks have the same one.
-        batch = self.global_batch_size // self.ranks.tensor
+        batch, ramp = self.global_batch_size // self.ranks.tensor, self.run.batch_ramp
         self.run.steps, self.run.sequences_per_step = dataset.get_dataset_size(), batch
+        if ramp:
+            self.run.steps = self._batches(ramp).steps_within(self.run.steps)
         if not self.run.steps:
             raise ConfigError(f"train_dataset: has fewer sequences than the global batch of {batch}; lower "
                               "runner_config.batch_size or bring more data")
-        if self.run.start and self.run.sequences != self.run.start * batch:
+        if self.run.start and self.run.sequences != self.run.sequences_before(self.run.start + 1):
             raise ConfigError(f"runner_config.batch_size: makes steps of {batch} sequences on all devices, but those "
                               f"of {self.resume} had {self.run.sequences // self.run.start}; give as many")
         if self.run.start >= self.run.steps:
             raise PanguError(f"{self.resume}: the run has made all of its {self.run.steps} steps; to train on, begin "
                              "another with load_checkpoint")
+        check_total_steps(config.lr_schedule, self.run.steps)
         if config.lr_schedule and config.lr_schedule.total_steps in (None, -1):
             config.lr_schedule.total_steps = self.run.steps
+        if ramp:
+            return ramped(dataset, self._batches(ramp), self.run.start, self.run.steps)
         return dataset.skip(self.run.start) if self.run.start else dataset
 
     def create_network(self, default_args=None):
@@ -234,29 +258,13 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         return sorted(super().sort_callbacks(default_callbacks), key=lambda each: isinstance(each, PanguCheckpoint))
 
     def create_model_wrapper(self, network, optimizer):
-        """In a resumed run the step gets every parameter back."""
+        """In a resumed run the step gets every parameter back, in a new stage all but the count of steps."""
         step = super().create_model_wrapper(network, optimizer)
         if self.resume:
             restore(step, self.resume, self.ranks)
+        elif self.load_optimizer:
+            begin_stage(step, self.weights, self.ranks)
         return step
-
-
-def restore(step, directory, ranks):
-    """A `TrainStep` as it was when it was saved; `ConfigError` when another version of this package saved it."""
-    optimizer = step.optimizer
-    sharded = optimizer.sharded_names if isinstance(optimizer, PanguMuon) else set()
-    saved = read_checkpoint(directory, ranks.model)
-    for parameters, arrays, others in zip(split_parameters(step), saved, (set(), sharded)):
-        wanted = parameters.keys() | others
-        if wanted != arrays.keys():
-            name = min(wanted ^ arrays.keys())
-            raise ConfigError(f"{directory}: {name} is {'not' if name in wanted else 'only'} there; another version of "
-                              "this package wrote it: begin a new run with load_checkpoint")
-        for name, parameter in parameters.items():
-            tensor = ms.Tensor(arrays[name])
-            parameter.set_data(tensor.view(ms.bfloat16) if parameter.dtype == ms.bfloat16 else tensor)
-    if sharded:
-        optimizer.set_gathered_states(saved[1])
 
 
 def train(fields, output_dir, resume=None, state=None):
@@ -272,16 +280,20 @@ def train(fields, output_dir, resume=None, state=None):
     """
     given, fields, ranks = prepare(fields, resume, state)
     check_device(fields)
+    load_optimizer = not state and fields.get("load_optimizer", False)
     # MindSpore's own way of sharding them, behind the same key, is for its own optimizers.
     shard_states = (fields.get("parallel") or {}).pop("enable_parallel_optimizer", False)
+    settings = TrainingSettings.from_dict(fields["pangu_training"])
     run = Run(output_dir, given, fields["seed"], steps=0, start=state.step if state else 0, sequences_per_step=0,
               sequences=state.sequences if state else 0,
-              tokenizer=fields["train_dataset"]["data_loader"].get("tokenizer"))
+              tokenizer=fields["train_dataset"]["data_loader"].get("tokenizer"), batch_ramp=settings.batch_ramp,
+              skip_nonfinite=settings.skip_nonfinite)
     config = mindformers_config(copy.deepcopy(fields), output_dir)
     weights = fields.get("load_checkpoint") or fields.get("pretrained_model_dir")
     build_context(config)
     ranks = collectives.start(ranks)
-    config.trainer.update(run=run, resume=resume, weights=weights, ranks=ranks, shard_states=shard_states)
+    config.trainer.update(run=run, resume=resume, weights=weights, ranks=ranks, shard_states=shard_states,
+                          load_optimizer=load_optimizer)
     if config.train_dataset.data_loader.type == "PanguJsonlLoader":
         config.train_dataset.data_loader.tensor_parallel = ranks.tensor
     run.rank = get_real_rank()

@@ -60,6 +60,27 @@ def test_chats_count_only_what_is_marked():
         [4, 5, 6, 7, PAD], [5, 6, 7, PAD, PAD], [0, 1, 1, 0, 0], [0, 1, 2, 3, 0]]
 
 
+@pytest.mark.parametrize("may_be_cut", [True, False])
+@pytest.mark.parametrize("bounds, kept", [((3, 5), [1, 2, 4]), ((4, None), [2, 3, 4]), ((None, 2), [0])])
+def test_documents_between_two_lengths(may_be_cut, bounds, kept):
+    """Others are in no sequence, as if they were not there; names are still those of the file."""
+    lengths = [2, 3, 5, 7, 4]
+    documents = numbered(lengths, may_be_cut)
+    dataset = PackedDataset(documents, 7, 0, *bounds)
+    sequences = epoch(dataset)
+    tokens = {token for sequence in sequences for token in sequence.input_ids.tolist()} - {PAD}
+    assert tokens == {int(token) for i in kept for token in documents.ids[slice(*documents.offsets[i:i + 2])]}
+    assert {name for n in range(len(dataset)) for name in dataset.documents(n)} == {f"d{i}" for i in kept}
+    alone = PackedDataset(join([(f"d{i}", documents.ids[slice(*documents.offsets[i:i + 2])], np.ones(lengths[i]))
+                                for i in kept], may_be_cut, PAD), 7, 0)
+    assert all(equal(one, other) for one, other in zip(sequences, epoch(alone), strict=True))
+
+
+def test_no_document_between_two_lengths():
+    with pytest.raises(PanguError, match="none of 2 documents has 4 to 9 tokens: they have 2 to 3; change min"):
+        PackedDataset(numbered([2, 3], True), 5, 0, 4, 9)
+
+
 def check_rows(sequence, documents):
     """Every row of one sequence against the documents it says it is from."""
     ends = set(documents.offsets[1:].tolist())  # token number e ends a document

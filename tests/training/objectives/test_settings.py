@@ -2,6 +2,7 @@
 import pytest
 
 from pangu_ms.errors import ConfigError
+from pangu_ms.training.by_step import ByStep
 from pangu_ms.training.objectives.settings import TrainingSettings
 
 
@@ -10,6 +11,7 @@ def test_defaults_train_the_language_model_alone():
     assert settings == TrainingSettings() and settings.indexer_loss == "off" and settings.mtp_loss_weight == 1.0
     assert settings.balance_loss_coeff is None                                  # what config.json says
     assert settings.z_loss_coeff == settings.router_bias_update_rate == 0.0
+    assert settings.batch_ramp is None and settings.skip_nonfinite == 0
 
 
 def test_whole_numbers_become_floats():
@@ -18,7 +20,18 @@ def test_whole_numbers_become_floats():
     assert settings.indexer_loss == "sparse"
 
 
+def test_values_by_step():
+    settings = TrainingSettings.from_dict({"router_bias_update_rate": [[0, 1e-3], [9, 0]], "batch_ramp": [[0, 8]]})
+    assert settings.router_bias_update_rate == ByStep((0, 9), (1e-3, 0)) and settings.batch_ramp == ByStep((0,), (8,))
+
+
 @pytest.mark.parametrize("fields, message", [
+    ({"router_bias_update_rate": "1e-3"}, "pangu_training.router_bias_update_rate: found '1e-3', wanted a number"),
+    ({"router_bias_update_rate": [[0, -1]]}, r"router_bias_update_rate: found \[0, -1\], wanted \[step, value\] with a"),
+    ({"batch_ramp": 8}, r"pangu_training.batch_ramp: found 8, wanted a list of \[step, value\]"),
+    ({"batch_ramp": [[0, 1.5]]}, r"batch_ramp: found \[0, 1.5\], wanted .* a whole number of at least 1"),
+    ({"skip_nonfinite": True}, "pangu_training.skip_nonfinite: found True, wanted a whole number of at least 0"),
+    ({"skip_nonfinite": -1}, "pangu_training.skip_nonfinite: found -1, wanted a whole number of at least 0"),
     ({"mtp_weight": 1}, "pangu_training.mtp_weight: no such key; did you mean mtp_loss_weight"),
     ({"indexer_los": "off"}, "pangu_training.indexer_los: no such key; did you mean indexer_loss"),
     ({"z_loss_coeff": -1e-3}, "pangu_training.z_loss_coeff: found -0.001, wanted a number of at least 0"),

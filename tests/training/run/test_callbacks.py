@@ -13,6 +13,7 @@ from mindspore import nn
 
 from pangu_ms.errors import PanguError
 from pangu_ms.parallel.ranks import Ranks
+from pangu_ms.training.by_step import ByStep
 from pangu_ms.training.run import callbacks
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run
 
@@ -27,10 +28,10 @@ class Source:
 class Training:
     """A run of `steps` whose step n gives outputs(n); two sequences of five tokens a step."""
 
-    def __init__(self, directory, outputs, steps, start=0, rate=0.5):
+    def __init__(self, directory, outputs, steps, start=0, rate=0.5, **options):
         network = SimpleNamespace(objective=SimpleNamespace(part_names=PARTS),
                                   optimizer=SimpleNamespace(learning_rate=rate))
-        self.run = Run(str(directory), {"seed": 1}, 1, steps, start, sequences_per_step=2)
+        self.run = Run(str(directory), {"seed": 1}, 1, steps, start, sequences_per_step=2, **options)
         pipeline = SimpleNamespace(children=[SimpleNamespace(children=[], source=Source())])
         self.parameters = SimpleNamespace(train_network=network, train_dataset=pipeline,
                                           train_dataset_element=(ms.Tensor(np.zeros((2, 5), np.int32)),))
@@ -107,6 +108,44 @@ def test_a_broken_step_ends_the_run(tmp_path, monkeypatch, broken, message, orde
     assert "\n" not in str(raised.value)
     assert saved == [1, 2]
     assert [line["step"] for line in read_log(tmp_path)] == [1, 2]
+
+
+NAN = {"total": np.nan, "parts": [np.nan, 1], "norm": np.inf}
+
+
+def test_steps_in_a_row_may_be_skipped(tmp_path, monkeypatch):
+    """As many as are allowed, and after each that is finite as many again; their line says what had no number."""
+    saved = []
+    monkeypatch.setattr(PanguCheckpoint, "_save", lambda self, network, step: saved.append(step))
+    training = Training(tmp_path, lambda step: outputs(step, **(NAN if step in (2, 3, 5, 6, 7) else {})), 9,
+                        rate=ms.Tensor(0.5), skip_nonfinite=2)
+    with pytest.raises(PanguError, match="step 7: loss is nan, with the documents a12, b12, a13, b13"):
+        training(PanguCheckpoint(save_checkpoint_steps=1), PanguMonitor())
+    lines = read_log(tmp_path)
+    assert [line.get("skipped") for line in lines] == [None, 1, 2, None, 1, 2] and saved == [1, 2, 3, 4, 5, 6]
+    assert [lines[1][name] for name in ("loss", "lm", "mtp_1", "grad_norm")] == [None, None, 1, None]
+    assert lines[1]["learning_rate"] == 0.5
+
+
+def test_a_part_alone_that_is_not_finite_was_not_skipped(tmp_path):
+    """The step looks at the loss and the norm, and has changed the parameters."""
+    with pytest.raises(PanguError, match="step 1: mtp_1 is nan"):
+        Training(tmp_path, lambda step: outputs(step, parts=[1, np.nan]), 2, rate=ms.Tensor(0.5), skip_nonfinite=2)(
+            PanguMonitor())
+
+
+def test_a_batch_that_grows_is_counted_by_step(tmp_path, monkeypatch):
+    states, ramp = [], ByStep((0, 2), (2, 6))
+    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *arguments: states.append(arguments[4]))
+    monkeypatch.setattr(callbacks, "split_parameters", lambda network: ({}, {}))
+    training = Training(tmp_path, lambda step: outputs(step, **(NAN if step == 4 else {})), 4, rate=ms.Tensor(0.5),
+                        batch_ramp=ramp)
+    training.parameters.train_network.causal_lm = SimpleNamespace(config="config", ranks=Ranks())
+    with pytest.raises(PanguError, match="step 4: loss is nan, with the documents a10, b10, .*, a15, b15; "):
+        training(PanguMonitor(), PanguCheckpoint(save_checkpoint_steps=1))
+    assert [state.sequences for state in states] == [2, 4, 10]
+    tokens = [line["tokens_per_second"] * line["seconds"] for line in read_log(tmp_path)]
+    assert tokens == pytest.approx([10, 10, 30])
 
 
 def test_saves_at_its_steps_and_at_the_end(tmp_path, monkeypatch):

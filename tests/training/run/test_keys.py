@@ -270,7 +270,7 @@ def test_the_table_has_the_keys_of_our_own_classes(mindformers):
             (OPTIMIZERS["PanguMuon"], mindformers.PanguMuon,
              {"params", "config", "learning_rate", "ranks", "shard_states"}),
             (WRAPPERS["PanguTrainStep"], mindformers.PanguTrainStep,
-             {"network", "optimizer", "accumulation", "bias_update_rate", "_"}),
+             {"network", "optimizer", "accumulation", "bias_update_rate", "sequences", "skips", "_"}),
             (CALLBACKS["PanguMonitor"], mindformers.PanguMonitor, set()),
             (CALLBACKS["PanguCheckpoint"], mindformers.PanguCheckpoint, set()))
     for table, owner, given in ours:

@@ -46,6 +46,10 @@ def changed(**values):
     ({"lr_schedule__warmup_epochs": 1}, "warmup_epochs: .*give warmup_steps or warmup_ratio"),
     ({"optimizer": None}, "optimizer: found None, wanted a section"),
     ({"run_mode": "finetune"}, "run_mode: found finetune without weights"),
+    ({"model__model_config__compute_dtype": "float16"}, "compute_dtype: found float16, wanted bfloat16 or float32"),
+    ({"load_optimizer": True}, "load_optimizer: found True without load_checkpoint"),
+    ({"pangu_training__batch_ramp": [[0, 4], [9, 8]], "runner_config__gradient_accumulation_steps": 2},
+     "gradient_accumulation_steps: found 2 with pangu_training.batch_ramp, wanted 1"),
 ])
 def test_a_wrong_key_is_named_with_its_neighbour(mindformers, tmp_path, values, message):
     with pytest.raises(PanguError, match=message) as raised:
@@ -109,7 +113,8 @@ def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
 
     monkeypatch.setattr(mindformers.TrainStep, "__call__", once)
     step = mindformers.PanguTrainStep.__new__(mindformers.PanguTrainStep)
-    object.__setattr__(step, "accumulation", 2)
+    for name, value in (("accumulates", True), ("sequences", 2)):
+        object.__setattr__(step, name, value)
     batch = (ms.Tensor(np.arange(4, dtype=np.int32)), ms.Tensor(np.ones(4, np.float32)))
     total, parts, norm, load = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
     assert calls == [([0, 1], [1, 1]), ([2, 3], [1, 1])]
@@ -138,7 +143,7 @@ def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
     monkeypatch.setattr(loader_module, "read_chats", lambda path, tokenizer: documents)
     loader = mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", seed=9, epochs=3, dataset_dir=None)
     rows = [row["input_ids"][0] for row in loader.create_dict_iterator(num_epochs=1, output_numpy=True)]
-    assert rows == [0, 1, 2, 3, 4, 5] and seen == [(documents, 4, 9)]
+    assert rows == [0, 1, 2, 3, 4, 5] and seen == [(documents, 4, 9, None, None)]
     own = mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", epochs=3, tensor_parallel=2, num_shards=4,
                                        shard_id=3)                              # with shard 2, of the second half
     assert [row["input_ids"][0] for row in own.create_dict_iterator(num_epochs=1, output_numpy=True)] == [1, 3, 5]
@@ -148,6 +153,10 @@ def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
     assert (source.documents(5), source.largest_id) == (["d5"], 90)
     with pytest.raises(PanguError, match="data_loader.documents: found 'books', wanted texts or chats"):
         mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="books")
+    mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", min_document_length=2, max_document_length=9)
+    assert seen[-1] == (documents, 4, 0, 2, 9)
+    with pytest.raises(PanguError, match="data_loader.max_document_length: found 0, wanted a number of tokens"):
+        mindformers.PanguJsonlLoader("c.jsonl", "t", 4, max_document_length=0)
 
 
 @pytest.mark.slow

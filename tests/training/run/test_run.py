@@ -6,6 +6,7 @@ such a run takes is compiling.
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from toy_tokenizer import train_tokenizer
 
 from pangu_ms.checkpoint.directory import checkpoints
 from pangu_ms.text.tokenizer import Tokenizer
-from pangu_ms.training.run.state import read_checkpoint
+from pangu_ms.training.run.state import read_checkpoint, read_state
 from pangu_ms.yaml_file import read_yaml
 
 pytestmark = pytest.mark.slow
@@ -99,6 +100,28 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(directory, whole):
         assert found.keys() == wanted.keys()
         for name in wanted:
             np.testing.assert_array_equal(found[name], wanted[name])
+
+
+def test_a_stage_goes_on_with_moments_and_a_batch_that_grows(directory, whole):
+    """Of other sequences, by steps of its own; killed and resumed it makes the same steps."""
+    options = ("--options", "output_dir=stage", "load_checkpoint=whole", "load_optimizer=True", "seed=2",
+               "train_dataset.data_loader.seq_length=32", "callbacks.1.save_checkpoint_steps=2",
+               "runner_config={epochs: 1, batch_size: 2, sink_mode: false}", "pangu_training.skip_nonfinite=2",
+               "pangu_training.batch_ramp=[[0, 2], [2, 6]]",
+               "pangu_training.router_bias_update_rate=[[0, 1.e-2], [3, 0]]",
+               "lr_schedule={type: WarmUpStableDecayLR, learning_rate: 1.e-3, warmup_steps: 0, decay_start_steps: 0}")
+    run(directory, *options)
+    stage, last = read_log(directory, "stage"), checkpoints(str(directory / "stage"))[-1]
+    assert stage[0]["learning_rate"] == pytest.approx(1e-3) and stage[-1]["learning_rate"] < 1e-3 / 3
+    assert stage[0]["lm"] < 0.9 * whole[0]["lm"] and len(stage) > 5
+    assert read_state(last).sequences == 2 * 2 + 6 * (len(stage) - 2)
+    for name, count in (("whole", len(whole)), ("stage", len(stage))):
+        (_, states) = read_checkpoint(checkpoints(str(directory / name))[-1])
+        assert states["global_step"] == count
+    assert states["adam_beta2_power"] == pytest.approx(0.95 ** (len(whole) + len(stage)), rel=1e-4)
+    shutil.rmtree(last)
+    run(directory, "--resume", *options)
+    assert read_log(directory, "stage") == stage
 
 
 def test_a_finished_run_says_so(directory, whole):
