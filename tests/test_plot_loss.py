@@ -56,3 +56,8 @@ def test_bad_logs_are_one_line(tmp_path, capsys, text, message):
     assert plot_loss.main([str(path), "--out", str(tmp_path / "loss.png")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_what_a_skipped_step_had_no_number_for_is_left_out(log):
+    assert plot_loss.read_log(log("run", [4, 2], lm=None)) == {
+        "step": [(1, 1), (2, 2)], "loss": [(1, 4), (2, 2)], "seconds": [(1, 1), (2, 1)]}

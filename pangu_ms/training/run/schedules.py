@@ -30,8 +30,8 @@ def check_total_steps(schedule, steps):
     """`ConfigError` for a decay that would end before the run's `steps` do, where the rate falls on below zero."""
     total = (schedule or {}).get("total_steps") or -1
     if (schedule or {}).get("type") == "WarmUpStableDecayLR" and -1 < total < steps:
-        raise ConfigError(f"lr_schedule.total_steps: found {total}, but the run has {steps} steps, and behind its total "
-                          "WarmUpStableDecayLR falls below 0; leave it out or give as many")
+        raise ConfigError(f"lr_schedule.total_steps: found {total}, but the run has {steps} steps, and behind its "
+                          "total WarmUpStableDecayLR falls below 0; leave it out or give as many")
 
 
 def check_load_optimizer(fields):

@@ -27,7 +27,7 @@ def test_values_by_step():
 
 @pytest.mark.parametrize("fields, message", [
     ({"router_bias_update_rate": "1e-3"}, "pangu_training.router_bias_update_rate: found '1e-3', wanted a number"),
-    ({"router_bias_update_rate": [[0, -1]]}, r"router_bias_update_rate: found \[0, -1\], wanted \[step, value\] with a"),
+    ({"router_bias_update_rate": [[0, -1]]}, r"router_bias_update_rate: found \[0, -1\], wanted \[step, value\]"),
     ({"batch_ramp": 8}, r"pangu_training.batch_ramp: found 8, wanted a list of \[step, value\]"),
     ({"batch_ramp": [[0, 1.5]]}, r"batch_ramp: found \[0, 1.5\], wanted .* a whole number of at least 1"),
     ({"skip_nonfinite": True}, "pangu_training.skip_nonfinite: found True, wanted a whole number of at least 0"),
