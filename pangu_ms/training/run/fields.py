@@ -10,6 +10,7 @@ from pangu_ms.training.run.state import flatten
 # A resumed run may have these otherwise: they change where things are written and computed, not what.
 FREE_KEYS = ("output_dir", "callbacks", "use_parallel", "parallel", "parallel_config", "runner_config.batch_size",
              "runner_config.gradient_accumulation_steps")
+LOADERS = ("PanguJsonlLoader", "PanguIndexedLoader")  # of this package
 
 
 def kept_fields(fields):
@@ -27,7 +28,7 @@ def complete(fields):
         if not isinstance(fields.get(section), dict):
             raise ConfigError(f"{section}: found {fields.get(section)!r}, wanted a section; see configs/openpangu_v2")
     loader = fields["train_dataset"].setdefault("data_loader", {})
-    if loader.get("type") == "PanguJsonlLoader":
+    if loader.get("type") in LOADERS:
         loader.setdefault("seed", fields["seed"])
         loader["epochs"] = fields["runner_config"].get("epochs", 1)
     for key in ("load_checkpoint", "pretrained_model_dir"):

@@ -1,9 +1,9 @@
 """openPangu inside MindFormers: what a YAML file names by `type`, and the run of such a file.
 
 The only file that imports MindFormers. Importing it registers, by their names: the model (the model_type and
-architectures of each member of the family), the loader PanguJsonlLoader, the optimizer PanguMuon, the wrapper
-PanguTrainStep, the callbacks PanguMonitor and PanguCheckpoint, and PanguTrainer, MindFormers' trainer with the
-overrides that its methods explain.
+architectures of each member of the family), the loaders PanguJsonlLoader and PanguIndexedLoader, the optimizer
+PanguMuon, the wrapper PanguTrainStep, the callbacks PanguMonitor and PanguCheckpoint, and PanguTrainer, MindFormers'
+trainer with the overrides that its methods explain.
 MindFormers writes a log directory when it is imported: `pangu_ms.training.run.command` says where, before.
 """
 import copy
@@ -29,19 +29,20 @@ from pangu_ms.errors import ConfigError, PanguError
 from pangu_ms.parallel import collectives
 from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.pretrained import PanguForCausalLM
-from pangu_ms.training.data.loader import COLUMNS, Epochs, PanguJsonlLoader, source_of
+from pangu_ms.training.data.loader import COLUMNS, Epochs, PanguIndexedLoader, PanguJsonlLoader, source_of
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run, split_parameters
-from pangu_ms.training.run.fields import complete, kept_fields
+from pangu_ms.training.run.fields import LOADERS, complete, kept_fields
 from pangu_ms.training.run.ranks import find_ranks
 from pangu_ms.training.run.state import check_fields, read_checkpoint
 from pangu_ms.training.step import TrainStep
 from pangu_ms.yaml_file import check_section
 
-MindFormerRegister.register_cls(PanguJsonlLoader, MindFormerModuleType.DATASET_LOADER)
+for loader in (PanguJsonlLoader, PanguIndexedLoader):
+    MindFormerRegister.register_cls(loader, MindFormerModuleType.DATASET_LOADER)
 for callback in (PanguMonitor, PanguCheckpoint):
     MindFormerRegister.register_cls(callback, MindFormerModuleType.CALLBACK)
 
@@ -170,7 +171,7 @@ class PanguTrainer(CausalLanguageModelingTrainer):
     def __init__(self, model_name=None, run=None, resume=None, weights=None, ranks=Ranks(), shard_states=False):
         super().__init__(model_name)
         self.run, self.resume, self.weights, self.ranks = run, resume, weights, ranks
-        self.shard_states = shard_states
+        self.shard_states, self.source = shard_states, None
 
     def _check_grad_accumulation_steps(self):
         """Theirs resets accumulation to 1 unless parallel_mode is semi_auto_parallel; ours is in `TrainStep`."""
@@ -191,7 +192,9 @@ class PanguTrainer(CausalLanguageModelingTrainer):
             raise ConfigError(f"{config.train_dataset.data_loader.tokenizer}: gives the token "
                               f"{source.largest_id}, but model.model_config.vocab_size is {vocab_size}; train "
                               "with the tokenizer of the model")
-        if not isinstance(source, Epochs):
+        if isinstance(source, Epochs):
+            source.vocab_size, self.source = vocab_size, source
+        else:
             dataset = dataset.repeat(config.runner_config.epochs)
         config.runner_config.epochs = 1
         # Theirs counts every device's batch; tensor parallel ranks have the same one.
@@ -208,7 +211,19 @@ class PanguTrainer(CausalLanguageModelingTrainer):
                              "another with load_checkpoint")
         if config.lr_schedule and config.lr_schedule.total_steps in (None, -1):
             config.lr_schedule.total_steps = self.run.steps
+        if self.run.start and isinstance(source, Epochs):                       # skip would read them
+            source.first = self.run.sequences
+            return dataset.take(self.run.steps - self.run.start)
         return dataset.skip(self.run.start) if self.run.start else dataset
+
+    def training_process(self, *arguments, **named):
+        """What is wrong with the data is one line, not MindSpore's report of it."""
+        try:
+            super().training_process(*arguments, **named)
+        except RuntimeError:
+            if self.source is not None and self.source.error:
+                raise self.source.error from None
+            raise
 
     def create_network(self, default_args=None):
         """The network is told what belongs to it besides `model_config`, and which layers to compute again."""
@@ -294,7 +309,7 @@ def train(fields, output_dir, resume=None, state=None):
     build_context(config)
     ranks = collectives.start(ranks)
     config.trainer.update(run=run, resume=resume, weights=weights, ranks=ranks, shard_states=shard_states)
-    if config.train_dataset.data_loader.type == "PanguJsonlLoader":
+    if config.train_dataset.data_loader.type in LOADERS:
         config.train_dataset.data_loader.tensor_parallel = ranks.tensor
     run.rank = get_real_rank()
     Trainer(config).train()
@@ -334,8 +349,9 @@ def check_keys(fields):
         raise ConfigError(f"train_dataset.input_columns: found {columns}, wanted {COLUMNS}")
 
 
-OWN = {"PanguJsonlLoader": PanguJsonlLoader.__new__, "PanguMuon": PanguMuon, "PanguTrainStep": PanguTrainStep,
-       "PanguMonitor": PanguMonitor, "PanguCheckpoint": PanguCheckpoint}
+OWN = {"PanguJsonlLoader": PanguJsonlLoader.__new__, "PanguIndexedLoader": PanguIndexedLoader.__new__,
+       "PanguMuon": PanguMuon, "PanguTrainStep": PanguTrainStep, "PanguMonitor": PanguMonitor,
+       "PanguCheckpoint": PanguCheckpoint}
 
 
 def mindformers_config(fields, output_dir):

@@ -11,6 +11,7 @@ import pytest
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.errors import PanguError
 from pangu_ms.training.data import loader as loader_module
+from pangu_ms.training.data.packing import Sequence
 from pangu_ms.yaml_file import read_yaml
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -127,7 +128,7 @@ def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
 
 
 def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
-    documents = SimpleNamespace(ids=np.array([3, 90, 5]))
+    documents = SimpleNamespace(largest_id=90)
     seen = []
 
     class Packed:
@@ -138,7 +139,8 @@ def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
             return 2
 
         def __getitem__(self, n):
-            return tuple(np.full(4, n, dtype) for dtype in (np.int32, np.int32, np.float32, np.int32))
+            ids = np.full(4, n, np.int32)
+            return Sequence(ids, ids, np.ones(4, np.float32), ids)
 
         def documents(self, n):
             return [f"d{n}"]
