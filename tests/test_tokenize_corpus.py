@@ -146,6 +146,17 @@ def test_a_broken_line_is_named_by_its_number_in_the_file(one_process, run, tmp_
     assert len(read_indexed(str(tmp_path / "c"), "texts", 0)) == 51
 
 
+def test_every_line_is_in_one_shard_and_has_its_number(tmp_path):
+    """Wherever a shard begins: within a line, at its first byte, at the end of it."""
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(content := b"one\n\ntwo\nthree")
+    for begin in range(len(content) + 1):
+        parts = [shards.JsonlShard(str(path), 0, begin), shards.JsonlShard(str(path), begin, len(content))]
+        first, second = ([line for _, line in part.records()] for part in parts)
+        assert b"".join(first + second) == content and parts[0].lines_before() == 0
+        assert parts[1].lines_before() == len(first)
+
+
 def test_shards_of_a_file_that_did_not_change_are_kept(one_process, run, tmp_path, monkeypatch):
     good, other = jsonl(tmp_path / "good.jsonl", TEXTS), jsonl(tmp_path / "other.jsonl", [*TEXTS, b"{"])
     assert run(good, other)[0] == 2

@@ -48,6 +48,8 @@ def changed(**values):
     ({"lr_schedul": {}}, "lr_schedul: no such section; did you mean lr_schedule?"),
     ({"train_dataset__data_loader__seq_len": 1}, "data_loader.seq_len: no such key; did you mean seq_length?"),
     ({"train_dataset__data_loader__type": "PanguJsonLoader"}, "no PanguJsonLoader; did you mean PanguJsonlLoader?"),
+    ({"train_dataset__data_loader": {"type": "PanguIndexedLoader", "path": "a"}}, "loader.path: no such key; did you .*"
+                                                                                  "data_path"),
     ({"optimizer__weight_decy": 1}, "optimizer.weight_decy: no such key; did you mean weight_decay?"),
     ({"runner_wrapper__max_norm": 1}, "runner_wrapper.max_norm: no such key; did you mean max_grad_norm?"),
     ({"callbacks__1__save_steps": 1}, "callbacks.PanguCheckpoint.save_steps: .*did you mean save_checkpoint_steps?"),
