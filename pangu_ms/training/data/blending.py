@@ -45,7 +45,7 @@ def read_data_path(given) -> list[tuple[float, str]]:
     """
     parts = [1, given] if isinstance(given, str) and given else given
     if not isinstance(parts, list) or not parts or len(parts) % 2:
-        raise PanguError(f"train_dataset.data_loader.data_path: found {given!r}, wanted the path of .bin and .idx "
+        raise PanguError(f"data_loader.data_path: found {given!r}, wanted the path of .bin and .idx "
                          "without these endings, or a list of weights and such paths in turn: [0.7, a, 0.3, b]")
     found = []
     for weight, prefix in zip(parts[::2], parts[1::2]):
@@ -54,7 +54,7 @@ def read_data_path(given) -> list[tuple[float, str]]:
         except (TypeError, ValueError):
             number = math.nan
         if not 0 < number < math.inf or not isinstance(prefix, str):
-            raise PanguError(f"train_dataset.data_loader.data_path: found {weight!r} before {prefix!r}, wanted a "
+            raise PanguError(f"data_loader.data_path: found {weight!r} before {prefix!r}, wanted a "
                              "positive weight before each path: [0.7, a, 0.3, b]")
         found.append((number, prefix))
     return found

@@ -9,8 +9,8 @@ import yaml
 from pangu_ms.checkpoint.directory import CHECKPOINTS, checkpoints
 from pangu_ms.errors import ConfigError, PanguError, one_line
 from pangu_ms.text.tokenizer import TOKENIZER_FILES, tokenizer_file
+from pangu_ms.training.data import LOADERS
 from pangu_ms.training.data.blending import read_data_path
-from pangu_ms.training.run.fields import LOADERS
 from pangu_ms.training.run.state import LOG_FILE, read_state
 from pangu_ms.yaml_file import read_yaml
 

@@ -5,12 +5,12 @@ import json
 from pangu_ms.architectures import config_class
 from pangu_ms.checkpoint.directory import checkpoint_directory, read_config
 from pangu_ms.errors import ConfigError
+from pangu_ms.training.data import LOADERS
 from pangu_ms.training.run.state import flatten
 
 # A resumed run may have these otherwise: they change where things are written and computed, not what.
 FREE_KEYS = ("output_dir", "callbacks", "use_parallel", "parallel", "parallel_config", "runner_config.batch_size",
              "runner_config.gradient_accumulation_steps")
-LOADERS = ("PanguJsonlLoader", "PanguIndexedLoader")  # of this package
 
 
 def kept_fields(fields):

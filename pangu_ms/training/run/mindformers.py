@@ -29,13 +29,14 @@ from pangu_ms.errors import ConfigError, PanguError
 from pangu_ms.parallel import collectives
 from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.pretrained import PanguForCausalLM
+from pangu_ms.training.data import LOADERS
 from pangu_ms.training.data.loader import COLUMNS, Epochs, PanguIndexedLoader, PanguJsonlLoader, source_of
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run, split_parameters
-from pangu_ms.training.run.fields import LOADERS, complete, kept_fields
+from pangu_ms.training.run.fields import complete, kept_fields
 from pangu_ms.training.run.ranks import find_ranks
 from pangu_ms.training.run.state import check_fields, read_checkpoint
 from pangu_ms.training.step import TrainStep

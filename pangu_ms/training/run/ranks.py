@@ -10,7 +10,7 @@ from pangu_ms.architectures import config_from_dict
 from pangu_ms.architectures.tensors import check_ranks
 from pangu_ms.errors import ConfigError
 from pangu_ms.parallel.ranks import Ranks, check_processes
-from pangu_ms.training.run.fields import LOADERS
+from pangu_ms.training.data import LOADERS
 
 
 def find_ranks(fields):

@@ -43,6 +43,6 @@ def test_data_path(given, found):
 @pytest.mark.parametrize("given", [None, "", [], ["a"], ["a", "b"], [0.7, "a", 0.3], [0, "a"], [-1, "a"], [True, "a"],
                                    ["nan", "a"], [float("inf"), "a"], [1, 2], [None, "a"], {"a": 1}, 5])
 def test_what_is_no_data_path_is_named(given):
-    with pytest.raises(PanguError, match="^train_dataset.data_loader.data_path: found ") as raised:
+    with pytest.raises(PanguError, match="^data_loader.data_path: found ") as raised:
         read_data_path(given)
     assert "\n" not in str(raised.value)
