@@ -47,8 +47,10 @@ setup(
         "tqdm>=4.65",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "safetensors>=0.4", "transformers>=4.52"],
+        "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "safetensors>=0.4", "transformers>=4.52",
+                 "pyarrow>=15"],
         "plot": ["matplotlib>=3.7"],
+        "data": ["pyarrow>=15"],
     },
     entry_points={
         "console_scripts": [

@@ -205,7 +205,8 @@ class _SentencePiece:
         return ids
 
     def encode_batch(self, texts):
-        return self._processor.encode(texts)
+        threads = 1 if os.environ.get("TOKENIZERS_PARALLELISM") == "false" else -1  # as the other library does
+        return self._processor.encode(texts, num_threads=threads)
 
     def decode(self, ids):
         unknown = self._processor.unk_id()  # also pads; written as question marks else

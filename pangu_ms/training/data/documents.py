@@ -1,6 +1,7 @@
 """Documents: a JSONL file of texts becomes token ids in memory."""
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,22 +22,24 @@ class Documents:
     """The token ids of D documents, one behind the other: N tokens in all.
 
     Attributes:
-        ids: int32 [N].
-        counted: bool [N]. Whether the loss of predicting this token counts.
-        offsets: int64 [D + 1]. Document i is ids[offsets[i]:offsets[i + 1]].
-        names (list[str]): what errors call each document: its "id", or file:line.
+        ids: [N], of integers that int32 holds; in memory or mapped from a file.
+        counted: bool [N], or bytes of 0 and 1. Whether the loss of predicting this token counts.
+        offsets: int64 [D + 1]. Document i is ids[offsets[i]:offsets[i + 1]], which may be empty.
+        names: D of them, by number: what errors call each document, its "id" or where it stands.
         may_be_cut (bool): whether a sequence may hold a part of a document.
         pad_id (int): stands where a sequence has no token.
         skipped (int): how many texts were empty and left out.
+        largest_id (int | None): of all tokens, None where only reading them all would tell.
     """
 
     ids: np.ndarray
     counted: np.ndarray
     offsets: np.ndarray
-    names: list[str]
+    names: Sequence[str]
     may_be_cut: bool
     pad_id: int
     skipped: int = 0
+    largest_id: int | None = None
 
     def __len__(self):
         return len(self.names)
@@ -45,17 +48,16 @@ class Documents:
 def join(documents, may_be_cut: bool, pad_id: int, skipped: int = 0) -> Documents:
     """One `Documents` of a list of (name, ids, counted)."""
     lengths = [len(ids) for _, ids, _ in documents]
-    return Documents(
-        np.concatenate([np.empty(0, np.int32), *(np.asarray(ids, np.int32) for _, ids, _ in documents)]),
-        np.concatenate([np.empty(0, bool), *(np.asarray(counted, bool) for _, _, counted in documents)]),
-        np.cumsum([0, *lengths], dtype=np.int64), [name for name, _, _ in documents], may_be_cut, pad_id, skipped)
+    ids = np.concatenate([np.empty(0, np.int32), *(np.asarray(ids, np.int32) for _, ids, _ in documents)])
+    counted = np.concatenate([np.empty(0, bool), *(np.asarray(counted, bool) for _, _, counted in documents)])
+    return Documents(ids, counted, np.cumsum([0, *lengths], dtype=np.int64), [name for name, _, _ in documents],
+                     may_be_cut, pad_id, skipped, ids.max(initial=-1).item())
 
 
 def read_texts(path, tokenizer: Tokenizer) -> Documents:
-    """Documents of a file with one JSON object a line: {"text": str}, and "id" if it has one.
+    """Documents of a file with one JSON object a line, as `text_encoder` takes them, and "id" if it has one.
 
-    A document is the beginning token, the text and the end token. Characters in the text that spell a special token
-    stay characters. Empty texts are left out, and a warning counts them.
+    Empty texts are left out, and a warning counts them.
 
     Args:
         path: the file.
@@ -65,25 +67,37 @@ def read_texts(path, tokenizer: Tokenizer) -> Documents:
         PanguError: the file cannot be read, a line holds no text (named as file:line), the tokenizer has no beginning
             or no end token, or the file holds no document.
     """
-    bos, eos = special_id(tokenizer, "bos_token"), special_id(tokenizer, "eos_token")
-    found, skipped = [], 0
-    texts = _texts(path)
-    while batch := list(islice(texts, BATCH)):
-        full = [(name, text) for name, text in batch if text]
-        skipped += len(batch) - len(full)
-        for (name, _), encoded in zip(full, tokenizer.encode_batch([text for _, text in full])):
-            ids = np.array([bos, *encoded, eos], np.int32)
-            found.append((name, ids, np.ones(len(ids), bool)))
+    encode, found, skipped = text_encoder(tokenizer), [], 0
+    records = read_jsonl(path)
+    while batch := list(islice(records, BATCH)):
+        documents = encode(batch)
+        skipped += len(batch) - len(documents)
+        found += documents
     if not found:
         raise PanguError(f'{path}: holds no document: wanted lines of {{"text": ...}}')
     if skipped:
         logger.warning("%s: %d empty texts left out", path, skipped)
-    return join(found, may_be_cut=True, pad_id=eos, skipped=skipped)
+    return join(found, may_be_cut=True, pad_id=special_id(tokenizer, "eos_token"), skipped=skipped)
 
 
-def _texts(path):
-    for where, record in read_jsonl(path):
-        yield name_of(record, where), text_of(record, where)
+def text_encoder(tokenizer: Tokenizer):
+    """encode([(where, {"text": str}), ...]) -> [(name, ids, counted), ...], one for each text that is not empty.
+
+    A document is the beginning token, the text and the end token. Characters in the text that spell a special token
+    stay characters. `encode` raises `PanguError`, which begins with `where`, for what is no text.
+
+    Raises:
+        PanguError: the tokenizer has no beginning or no end token.
+    """
+    bos, eos = special_id(tokenizer, "bos_token"), special_id(tokenizer, "eos_token")
+
+    def encode(records):
+        texts = [(name_of(record, where), text_of(record, where)) for where, record in records]
+        full = [(name, text) for name, text in texts if text]
+        batch = tokenizer.encode_batch([text for _, text in full]) if full else []
+        return [(name, np.array([bos, *ids, eos], np.int32), np.ones(len(ids) + 2, bool))
+                for (name, _), ids in zip(full, batch)]
+    return encode
 
 
 def read_jsonl(path):
@@ -99,12 +113,13 @@ def read_jsonl(path):
             for number, line in enumerate(file, 1):
                 bar.update(len(line))
                 if line.strip():
-                    yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+                    yield f"{path}:{number}", parse(line, f"{path}:{number}")
     except OSError as error:
         raise PanguError(f"{path}: cannot be read ({error.strerror}): check the path") from None
 
 
-def _parse(line, where):
+def parse(line: bytes, where: str) -> dict:
+    """The JSON object of a line; `PanguError` begins with `where`."""
     try:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode("utf-8")  # a lone \ud800 is JSON, and is no text

@@ -4,13 +4,13 @@ Sequence n is the n-th of the whole run: sequence n % len of epoch n // len. It 
 the seed and n alone. So the number of sequences that a run has consumed says where it goes on.
 """
 import logging
-from bisect import bisect_left, insort
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from pangu_ms.errors import PanguError
+from pangu_ms.training.data.best_fit import BestFit
 from pangu_ms.training.data.documents import Documents
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,9 @@ class Sequence(NamedTuple):
     position_ids: np.ndarray  # int32, from 0 in each document
 
 
+COLUMNS = list(Sequence._fields)
+
+
 class PackedDataset:
     """Documents as sequences of one length, in another order in every epoch. All epochs have as many sequences.
 
@@ -33,9 +36,9 @@ class PackedDataset:
     document has positions of its own, from 0. Its last token still predicts the token that follows in the document, so
     every token but the first of a document is predicted once in an epoch.
 
-    Chats are never cut. They are packed once, best fit: each into the sequence that it leaves the least room in, in an
-    order drawn from the seed. The rest of a sequence is padding, and an epoch is an order of these sequences. Chats
-    longer than T are left out, and a warning counts them.
+    Chats are never cut. They are packed once, best fit, see `best_fit.py`. The rest of a sequence is padding, and an
+    epoch is an order of these sequences. Chats longer than T are left out, and a warning counts them. Empty documents
+    are left out without a word.
 
     The last token of a document predicts nothing: its loss_mask is 0. Padding is a document of its own, of pad_id, with
     loss_mask 0.
@@ -69,14 +72,14 @@ class PackedDataset:
         lengths = lengths[wanted]
         too_long = np.flatnonzero(lengths > sequence_length) if not documents.may_be_cut else []
         self.dropped = [documents.names[self._kept[i]] for i in too_long]
-        if len(self.dropped) == len(lengths):
+        if len(self.dropped) == np.count_nonzero(lengths):
             shortest = f", the shortest has {lengths.min()} tokens" if len(lengths) else ""
             raise PanguError(f"sequence_length is {sequence_length}: none of {len(lengths)} documents fits"
                              f"{shortest}: make it longer or bring other documents")
         if self.dropped:
             logger.warning("%d of %d chats are longer than %d tokens and left out, the first of them %s",
                            len(self.dropped), len(lengths), sequence_length, self.dropped[0])
-        packing = _EndToEnd if documents.may_be_cut else _BestFit
+        packing = _EndToEnd if documents.may_be_cut else BestFit
         self._packing = packing(lengths, sequence_length, seed)
 
     def __len__(self):
@@ -142,36 +145,7 @@ class _EndToEnd:
         while token < stop:
             document, end = int(order[place]), int(min(ends[place], stop))
             first = int(ends[place] - self._lengths[document])
-            found.append((document, token - first, end - first))
+            if end > token:  # it is not empty
+                found.append((document, token - first, end - first))
             token, place = end, place + 1
         return found
-
-
-class _BestFit:
-    """The documents that fit, whole, packed once by best fit; an epoch is an order of these sequences."""
-
-    def __init__(self, lengths, sequence_length, seed):
-        self._lengths, self._seed = lengths, seed
-        self._sequences = []
-        rooms = []  # (tokens left, sequence), least room first
-        for document in np.random.default_rng(seed).permutation(np.flatnonzero(lengths <= sequence_length)):
-            length = int(lengths[document])
-            place = bisect_left(rooms, (length, 0))
-            if place == len(rooms):
-                room, sequence = sequence_length, len(self._sequences)
-                self._sequences.append([])
-            else:
-                room, sequence = rooms.pop(place)
-            self._sequences[sequence].append(int(document))
-            if room > length:
-                insort(rooms, (room - length, sequence))
-        self._order = lru_cache(2)(self._draw)
-
-    def __len__(self):
-        return len(self._sequences)
-
-    def _draw(self, epoch):
-        return np.random.default_rng((self._seed, epoch)).permutation(len(self._sequences))
-
-    def parts(self, epoch, i):
-        return [(document, 0, int(self._lengths[document])) for document in self._sequences[self._order(epoch)[i]]]

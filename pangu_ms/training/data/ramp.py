@@ -25,8 +25,7 @@ class Steps:
 
 
 def ramped(dataset, counts, start, end):
-    """The batches of a whole run -> its steps `start` to `end`, of as many batches as the `ByStep` says."""
-    skipped = counts.total(start)
-    steps = Steps(dataset.skip(skipped) if skipped else dataset, counts, start, end)
+    """The batches of a run from step `start` on -> its steps until `end`, of as many batches as the `ByStep` says."""
+    steps = Steps(dataset, counts, start, end)
     return GeneratorDataset(steps, dataset.get_col_names(), shuffle=False, num_parallel_workers=1,
                             python_multiprocessing=False)

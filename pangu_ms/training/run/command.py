@@ -9,6 +9,8 @@ import yaml
 from pangu_ms.checkpoint.directory import CHECKPOINTS, checkpoints
 from pangu_ms.errors import ConfigError, PanguError, one_line
 from pangu_ms.text.tokenizer import TOKENIZER_FILES, tokenizer_file
+from pangu_ms.training.data import LOADERS
+from pangu_ms.training.data.blending import read_data_path
 from pangu_ms.training.run.fields import prepare
 from pangu_ms.training.run.key_page import page
 from pangu_ms.training.run.state import LOG_FILE, read_state
@@ -159,13 +161,19 @@ def check_paths(fields: dict, checkpoints: tuple[str, ...]) -> None:
             raise ConfigError(f"{key}: {fields[key]}: no such directory; give one that holds a checkpoint or a run")
     dataset = fields.get("train_dataset")
     loader = dataset.get("data_loader") if isinstance(dataset, dict) else None
-    if not isinstance(loader, dict) or loader.get("type") != "PanguJsonlLoader":
+    if not isinstance(loader, dict) or loader.get("type") not in LOADERS:
         return
-    for key, wanted in (("path", "a JSONL file"), ("tokenizer", f"a directory with {' or '.join(TOKENIZER_FILES)}")):
-        name, path = f"train_dataset.data_loader.{key}", loader.get(key)
+    wanted = [("tokenizer", loader.get("tokenizer"), f"a directory with {' or '.join(TOKENIZER_FILES)}")]
+    if loader["type"] == "PanguJsonlLoader":
+        wanted.insert(0, ("path", loader.get("path"), "a JSONL file"))
+    else:
+        wanted += [("data_path", f"{prefix}.{ending}", "the path of .bin and .idx without these endings")
+                   for _, prefix in read_data_path(loader.get("data_path")) for ending in ("bin", "idx")]
+    for key, path, wanted in wanted:
+        name = f"train_dataset.data_loader.{key}"
         if not path:
             raise ConfigError(f"{name}: missing; give {wanted}")
-        if not (os.path.isfile(str(path)) if key == "path" else tokenizer_file(str(path))):
+        if not (tokenizer_file(str(path)) if key == "tokenizer" else os.path.isfile(str(path))):
             raise ConfigError(f"{name}: {path}: {'holds none' if os.path.isdir(str(path)) else 'is not there'}; "
                               f"give {wanted}")
 

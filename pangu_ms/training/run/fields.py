@@ -5,6 +5,7 @@ import json
 from pangu_ms.architectures import config_class
 from pangu_ms.checkpoint.directory import checkpoint_directory, read_config
 from pangu_ms.errors import ConfigError
+from pangu_ms.training.data import LOADERS
 from pangu_ms.training.run.keys import check_keys, read_keys
 from pangu_ms.training.run.ranks import find_ranks
 from pangu_ms.training.run.schedules import check_load_optimizer, check_schedules
@@ -67,7 +68,7 @@ def complete(fields):
     loader = fields["train_dataset"].get("data_loader")
     if not loader:
         raise ConfigError("train_dataset.data_loader: missing, wanted a section; see configs/openpangu_v2")
-    if loader.get("type") == "PanguJsonlLoader":
+    if loader.get("type") in LOADERS:
         loader.setdefault("seed", fields["seed"])
         loader["epochs"] = fields["runner_config"].get("epochs", 1)
     for key in ("load_checkpoint", "pretrained_model_dir"):

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import re
 
-from pangu_ms.training.data.packing import Sequence
+from pangu_ms.training.data.packing import COLUMNS
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.yaml_keys import (
     ANY,
@@ -30,7 +30,6 @@ from pangu_ms.yaml_keys import (
     or_none,
 )
 
-COLUMNS = list(Sequence._fields)
 ONE, ZERO, SEED = integer(1), integer(0), integer(0, 2 ** 32 - 1)
 _BETA = number("a number from 0 to below 1", least=0, most=1 - 1e-12)
 
@@ -207,16 +206,22 @@ MODEL = {
     "arch": Refused("model.model_config.architectures says it", ({},)),
 }
 
+_OF_LOADERS = {
+    "tokenizer": Applied("a directory with a tokenizer", PATH),
+    "seq_length": Applied("tokens of a sequence", ONE, needed=True),
+    "documents": Applied("what a line is: a text or a chat", choice("texts", "chats")),
+    "seed": Applied("of the order, where it is not the run's", SEED),
+    "min_document_length": Applied("documents with fewer tokens are left out", or_none(ONE)),
+    "max_document_length": Applied("documents with more tokens are left out", or_none(ONE)),
+}
 DATASET = {
     "data_loader": Section("where sequences come from", types={
         "PanguJsonlLoader": {
             "path": Applied("a JSONL file", PATH),
-            "tokenizer": Applied("a directory with a tokenizer", PATH),
-            "seq_length": Applied("tokens of a sequence", ONE, needed=True),
-            "documents": Applied("what a line is: a text or a chat", choice("texts", "chats")),
-            "seed": Applied("of the order, where it is not the run's", SEED),
-            "min_document_length": Applied("documents with fewer tokens are left out", or_none(ONE)),
-            "max_document_length": Applied("documents with more tokens are left out", or_none(ONE))},
+            **_OF_LOADERS},
+        "PanguIndexedLoader": {
+            "data_path": Applied("Megatron's .bin and .idx by their common path, or weights and such paths in turn"),
+            **_OF_LOADERS},
         **dict.fromkeys(("MindDataset", "TFRecordDataset", "BlendedMegatronDatasetDataLoader", "HFDataLoader",
                          "CommonDataLoader", "TrainingDataLoader", "SFTDataLoader", "MultiSourceDataLoader"))}),
     "input_columns": Applied("of the loader, all four", Kind(str(COLUMNS), choice(COLUMNS).read), needed=True),

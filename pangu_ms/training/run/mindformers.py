@@ -1,9 +1,9 @@
 """openPangu inside MindFormers: what a YAML file names by `type`, and the run of such a file.
 
 The only file that imports MindFormers. Importing it registers, by their names: the model (the model_type and
-architectures of each member of the family), the loader PanguJsonlLoader, the optimizer PanguMuon, the wrapper
-PanguTrainStep, the callbacks PanguMonitor and PanguCheckpoint, and PanguTrainer, MindFormers' trainer with the
-overrides that its methods explain.
+architectures of each member of the family), the loaders PanguJsonlLoader and PanguIndexedLoader, the optimizer
+PanguMuon, the wrapper PanguTrainStep, the callbacks PanguMonitor and PanguCheckpoint, and PanguTrainer, MindFormers'
+trainer with the overrides that its methods explain.
 MindFormers writes a log directory when it is imported: `pangu_ms.training.run.command` says where, before.
 """
 import copy
@@ -28,7 +28,8 @@ from pangu_ms.errors import ConfigError, PanguError
 from pangu_ms.parallel import collectives
 from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.pretrained import PanguForCausalLM
-from pangu_ms.training.data.loader import Epochs, PanguJsonlLoader, source_of
+from pangu_ms.training.data import LOADERS
+from pangu_ms.training.data.loader import Epochs, PanguIndexedLoader, PanguJsonlLoader, source_of
 from pangu_ms.training.data.ramp import ramped
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
@@ -40,7 +41,8 @@ from pangu_ms.training.run.restore import begin_stage, restore
 from pangu_ms.training.run.schedules import check_total_steps
 from pangu_ms.training.step import TrainStep
 
-MindFormerRegister.register_cls(PanguJsonlLoader, MindFormerModuleType.DATASET_LOADER)
+for loader in (PanguJsonlLoader, PanguIndexedLoader):
+    MindFormerRegister.register_cls(loader, MindFormerModuleType.DATASET_LOADER)
 for callback in (PanguMonitor, PanguCheckpoint):
     MindFormerRegister.register_cls(callback, MindFormerModuleType.CALLBACK)
 
@@ -173,7 +175,7 @@ class PanguTrainer(CausalLanguageModelingTrainer):
                  load_optimizer=False):
         super().__init__(model_name)
         self.run, self.resume, self.weights, self.ranks = run, resume, weights, ranks
-        self.shard_states, self.load_optimizer = shard_states, load_optimizer
+        self.shard_states, self.load_optimizer, self.source = shard_states, load_optimizer, None
 
     def _check_grad_accumulation_steps(self):
         """Theirs resets accumulation to 1 unless parallel_mode is semi_auto_parallel; ours is in `TrainStep`."""
@@ -207,7 +209,9 @@ class PanguTrainer(CausalLanguageModelingTrainer):
             raise ConfigError(f"{config.train_dataset.data_loader.tokenizer}: gives the token "
                               f"{source.largest_id}, but model.model_config.vocab_size is {vocab_size}; train "
                               "with the tokenizer of the model")
-        if not isinstance(source, Epochs):
+        if isinstance(source, Epochs):
+            source.vocab_size, self.source = vocab_size, source
+        else:
             dataset = dataset.repeat(config.runner_config.epochs)
         config.runner_config.epochs = 1
         # Theirs counts every device's batch; tensor parallel ranks have the same one.
@@ -227,9 +231,22 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         check_total_steps(config.lr_schedule, self.run.steps)
         if config.lr_schedule and config.lr_schedule.total_steps in (None, -1):
             config.lr_schedule.total_steps = self.run.steps
+        if self.run.start and isinstance(source, Epochs):
+            source.first = self.run.sequences                                   # skip would read them
+        elif self.run.start:
+            dataset = dataset.skip(self._batches(ramp).total(self.run.start) if ramp else self.run.start)
         if ramp:
             return ramped(dataset, self._batches(ramp), self.run.start, self.run.steps)
-        return dataset.skip(self.run.start) if self.run.start else dataset
+        return dataset.take(self.run.steps - self.run.start) if self.run.start else dataset
+
+    def training_process(self, *arguments, **named):
+        """What is wrong with the data is one line, not MindSpore's report of it."""
+        try:
+            super().training_process(*arguments, **named)
+        except RuntimeError:
+            if self.source is not None and self.source.error:
+                raise self.source.error from None
+            raise
 
     def create_network(self, default_args=None):
         """The network is told what belongs to it besides `model_config`, and which layers to compute again."""
@@ -294,7 +311,7 @@ def train(fields, output_dir, resume=None, state=None):
     ranks = collectives.start(ranks)
     config.trainer.update(run=run, resume=resume, weights=weights, ranks=ranks, shard_states=shard_states,
                           load_optimizer=load_optimizer)
-    if config.train_dataset.data_loader.type == "PanguJsonlLoader":
+    if config.train_dataset.data_loader.type in LOADERS:
         config.train_dataset.data_loader.tensor_parallel = ranks.tensor
     run.rank = get_real_rank()
     Trainer(config).train()

@@ -11,6 +11,7 @@ from pangu_ms.architectures import config_from_dict
 from pangu_ms.architectures.tensors import check_ranks
 from pangu_ms.errors import ConfigError
 from pangu_ms.parallel.ranks import Ranks, check_processes
+from pangu_ms.training.data import LOADERS
 
 
 def find_ranks(fields):
@@ -33,9 +34,9 @@ def find_ranks(fields):
     if context.get("enable_parallel_optimizer") and fields["optimizer"].get("type") != "PanguMuon":
         raise ConfigError(f"optimizer.type: found {fields['optimizer'].get('type')}, wanted PanguMuon, which shards "
                           "its states as parallel.enable_parallel_optimizer asks")
-    if loader != "PanguJsonlLoader" and tensor > 1:
-        raise ConfigError(f"train_dataset.data_loader.type: found {loader}, wanted PanguJsonlLoader, which gives the "
-                          "same sequences to all ranks of model_parallel")
+    if loader not in LOADERS and tensor > 1:
+        raise ConfigError(f"train_dataset.data_loader.type: found {loader}, wanted {' or '.join(LOADERS)}, which give "
+                          "the same sequences to all ranks of model_parallel")
     if data % expert:
         raise ConfigError(f"parallel_config.expert_parallel: {expert} does not divide data_parallel {data}, whose "
                           "ranks share the experts")

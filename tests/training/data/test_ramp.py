@@ -23,7 +23,7 @@ def test_every_sequence_comes_once_in_its_step(start):
     source = Source()
     batches = GeneratorDataset(source, ["a", "b"], shuffle=False).batch(2, drop_remainder=True)
     end = COUNTS.steps_within(batches.get_dataset_size())
-    steps = ramped(batches, COUNTS, start, end)
+    steps = ramped(batches.skip(COUNTS.total(start)), COUNTS, start, end)
     assert end == 5 and steps.get_dataset_size() == 5 - start and steps.get_col_names() == ["a", "b"]
     assert source_of(steps) is source
     found = [(row["a"][:, 0].tolist(), row["b"][:, 0].tolist())

@@ -136,7 +136,7 @@ def test_a_part_alone_that_is_not_finite_was_not_skipped(tmp_path):
 
 def test_a_batch_that_grows_is_counted_by_step(tmp_path, monkeypatch):
     states, ramp = [], ByStep((0, 2), (2, 6))
-    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *arguments: states.append(arguments[4]))
+    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *arguments, **_: states.append(arguments[4]))
     monkeypatch.setattr(callbacks, "split_parameters", lambda network: ({}, {}))
     training = Training(tmp_path, lambda step: outputs(step, **(NAN if step == 4 else {})), 4, rate=ms.Tensor(0.5),
                         batch_ramp=ramp)

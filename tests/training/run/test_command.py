@@ -135,6 +135,7 @@ def test_wrong_input_is_one_line(train, config, text, options, message, capsys):
 
 
 LOADER = "train_dataset: {{data_loader: {{type: PanguJsonlLoader, path: {}, tokenizer: {}}}}}"
+INDEXED = "train_dataset: {{data_loader: {{type: PanguIndexedLoader, data_path: {}, tokenizer: known}}}}"
 
 
 @pytest.mark.parametrize("text, message", [
@@ -146,9 +147,16 @@ LOADER = "train_dataset: {{data_loader: {{type: PanguJsonlLoader, path: {}, toke
                                             "directory with tokenizer.json or tokenizer.model"),
     (LOADER.format("run.yaml", "own"), "train_dataset.data_loader.tokenizer: own: holds none; give a directory with"),
     (LOADER.format("run.yaml", "''"), "train_dataset.data_loader.tokenizer: missing; give a directory with"),
+    (INDEXED.format("none"), "data_loader.data_path: none.bin: is not there; give the path of .bin and .idx without"),
+    (INDEXED.format("[1, known/c, 2, known/d]"), "data_loader.data_path: known/d.bin: is not there; give the path of"),
+    (INDEXED.format("[known/c, 1]"), "data_loader.data_path: found 'known/c' before 1, wanted a positive weight"),
+    (INDEXED.format("''"), "data_loader.data_path: found '', wanted the path of .bin and .idx without"),
 ])
 def test_what_is_not_there_is_said_before_mindformers_is_imported(train, config, tmp_path, text, message, capsys):
     (tmp_path / "own").mkdir()
+    (tmp_path / "known").mkdir()
+    for name in ("tokenizer.json", "c.bin", "c.idx"):
+        (tmp_path / "known" / name).touch()
     config.write_text(text)
     assert command.main(["--config", str(config)]) == 2
     error = capsys.readouterr().err

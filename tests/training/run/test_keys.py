@@ -106,6 +106,7 @@ def changed(**values):
     ({"parallel__gradients_mean": False}, "parallel.gradients_mean: found False, wanted True: gradients are means"),
     ({"parallel_config__model_parallel": 2}, "model_parallel: found 2, wanted 1 while use_parallel is False: one pro"),
     ({"parallel__enable_parallel_optimizer": True}, "optimizer: found True, wanted False while use_parallel is False"),
+    ({"train_dataset__data_loader__max_document_length": 0}, "max_document_length: found 0, wanted an integer of at"),
     ({"optimizer__learning_rate": 1e-3}, "optimizer.learning_rate: found 0.001, wanted none: the rate is"),
     ({"train_dataset_task__dataset_config": {"seed": 3}}, "train_dataset_task.dataset_config: found other keys"),
 ])
@@ -266,6 +267,8 @@ def test_every_key_of_mindformers_own_files_is_known():
 def test_the_table_has_the_keys_of_our_own_classes(mindformers):
     """But for what the trainer gives them."""
     ours = ((DATASET["data_loader"].types["PanguJsonlLoader"], mindformers.PanguJsonlLoader.__new__,
+             {"cls", "epochs", "tensor_parallel", "num_shards", "shard_id", "_"}),
+            (DATASET["data_loader"].types["PanguIndexedLoader"], mindformers.PanguIndexedLoader.__new__,
              {"cls", "epochs", "tensor_parallel", "num_shards", "shard_id", "_"}),
             (OPTIMIZERS["PanguMuon"], mindformers.PanguMuon,
              {"params", "config", "learning_rate", "ranks", "shard_states"}),
