@@ -49,7 +49,7 @@ def _mean(copies, everyone, share, expert, gradient):
 
 
 class ModelSum(nn.Cell):
-    """The sum of a number for each parameter, [P], over all ranks of a model; what several ranks hold counts once."""
+    """Of a number for each parameter, [P], the sums over all ranks of a model; what several ranks hold counts once."""
 
     def __init__(self, ranks, tensors):
         super().__init__()
@@ -59,27 +59,30 @@ class ModelSum(nn.Cell):
         self.over_tensor, self.over_expert = collectives.reduce(ranks, "tensor"), collectives.reduce(ranks, "expert")
 
     def construct(self, values):
-        total = ops.sum(values * self.share, -1, keepdim=True)                  # [1]: a scalar is no message
-        return self.over_expert(self.over_tensor(total))[0]
+        return self.over_expert(self.over_tensor(values * self.share))
 
 
 class Update(nn.Cell):
-    """Gradients and load [M, E] of a step -> the parameters are changed; the gradients' norm before clipping."""
+    """Gradients and load [M, E] of a step -> the parameters are changed; the gradients' norm before clipping, and the
+    sum of squares of each of them, [P]."""
 
     def __init__(self, objective, optimizer, max_grad_norm, bias_update_rate):
         super().__init__(auto_prefix=False)
         self.optimizer, self.max_norm = optimizer, max_grad_norm
         self.each = ops.Map()  # a graph's own loop nests one level deeper at every turn
         causal_lm = objective.causal_lm
-        self.sum = ops.ReduceSum()
+        self.sum, self.of_ranks = ops.ReduceSum(), None
         if causal_lm.ranks.model.count > 1:
-            self.sum = ModelSum(causal_lm.ranks, _tensors(objective, optimizer.parameters))
+            self.of_ranks = ModelSum(causal_lm.ranks, _tensors(objective, optimizer.parameters))
         self.bias_rate = bias_update_rate if objective.biased else 0.0
         self.biases = ms.ParameterTuple([causal_lm.model.layers[i].mlp.e_score_correction_bias
                                          for i in objective.moe_layers if objective.biased])
 
     def construct(self, gradients, load):
-        norm = ops.sqrt(self.sum(ops.stack(self.each(_sum_of_squares, gradients))))
+        squares = ops.stack(self.each(_sum_of_squares, gradients))              # [P]
+        if self.of_ranks is not None:
+            squares = self.of_ranks(squares)
+        norm = ops.sqrt(self.sum(squares))
         if self.max_norm is not None:
             gradients = self.each(ops.partial(_scale, self.max_norm / ops.maximum(norm, self.max_norm)), gradients)
         norm = ops.depend(norm, self.optimizer(gradients))
@@ -87,14 +90,15 @@ class Update(nn.Cell):
             step = self.bias_rate * ops.sign(ops.mean(load, -1, keep_dims=True) - load)
             for i, bias in enumerate(self.biases):
                 norm = ops.depend(norm, ops.assign_add(bias, step[i]))
-        return norm
+        return norm, squares
 
 
 class TrainStep(nn.Cell):
-    """`step(*batch)` -> total, parts [P], gradient norm, load [M, E].
+    """`step(*batch)` -> total, parts [P], gradient norm, load [M, E], squares [N]: the sum of squares of the gradient
+    of each of `optimizer.parameters`, before clipping.
 
     With accumulation > 1 the parameters change at every accumulation-th call, by the mean of the gradients since the
-    last change; the other calls give a norm of 0. Everything else is of the call's own batch.
+    last change; the other calls give a norm and squares of 0. Everything else is of the call's own batch.
 
     Args:
         objective: a cell such as `Pretraining`.
@@ -128,7 +132,8 @@ class TrainStep(nn.Cell):
 
     def construct(self, *batch):
         total, parts, load, gradients = self.gradients(*batch)
-        return total, parts, self.update(gradients, load), load
+        norm, squares = self.update(gradients, load)
+        return total, parts, norm, load, squares
 
     def __call__(self, *batch):
         if self.accumulation == 1:
@@ -137,9 +142,9 @@ class TrainStep(nn.Cell):
         self.load_sum = load if self.load_sum is None else self.load_sum + load
         self.calls += 1
         if self.calls % self.accumulation:
-            return total, parts, ms.Tensor(0.0, ms.float32), load
-        norm, self.load_sum = self.flush(self.load_sum), None
-        return total, parts, norm, load
+            return total, parts, ms.Tensor(0.0, ms.float32), load, ops.zeros(len(self.sums), ms.float32)
+        (norm, squares), self.load_sum = self.flush(self.load_sum), None
+        return total, parts, norm, load, squares
 
 
 class Accumulate(nn.Cell):
@@ -162,8 +167,9 @@ class Flush(nn.Cell):
         self.update, self.sums, self.share, self.each = update, sums, 1 / count, ops.Map()
 
     def construct(self, load):
-        norm = self.update(self.each(ops.partial(_scale, ms.Tensor(self.share, ms.float32)), self.sums), load)
-        return ops.depend(norm, self.each(_clear, ops.depend(self.sums, norm)))
+        gradients = self.each(ops.partial(_scale, ms.Tensor(self.share, ms.float32)), self.sums)
+        norm, squares = self.update(gradients, load)
+        return ops.depend(norm, self.each(_clear, ops.depend(self.sums, norm))), squares
 
 
 def _tensors(objective, weights):

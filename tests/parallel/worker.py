@@ -80,7 +80,7 @@ def train(directory, ranks):
         if number == 0:
             found = {f"gradient {parameter.name}": gradient.asnumpy()
                      for parameter, gradient in zip(optimizer.parameters, gradients)} | {"parts": parts.asnumpy()}
-        norms.append(step.update(ms.mutable(gradients), load).asnumpy())
+        norms.append(step.update(ms.mutable(gradients), load)[0].asnumpy())
         losses.append(total.asnumpy())
     states = {parameter.name: parameter.asnumpy() for parameter in optimizer.get_parameters()
               if parameter.name not in optimizer.own_names} | optimizer.gathered_states()

@@ -9,7 +9,8 @@ from pangu_ms.training.run.state import flatten
 
 # A resumed run may have these otherwise: they change where things are written and computed, not what.
 FREE_KEYS = ("output_dir", "callbacks", "use_parallel", "parallel", "parallel_config", "runner_config.batch_size",
-             "runner_config.gradient_accumulation_steps")
+             "runner_config.gradient_accumulation_steps", "do_eval", "eval_dataset", "eval_dataset_task",
+             "eval_step_interval", "eval_epoch_interval", "tensorboard")
 
 
 def kept_fields(fields):

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import mindspore as ms
 import numpy as np
 from mindformers import Trainer, build_context
+from mindformers.dataset.dataloader.build_dataloader import build_dataset_loader
 from mindformers.models import PretrainedConfig, PreTrainedModel
 from mindformers.parallel_core.utils.model_mixin import ModelMixin, TrainModelMixin
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
@@ -35,9 +36,11 @@ from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run, split_parameters
+from pangu_ms.training.run.evaluation import Evaluation, forward_objective, read_held_out, report
 from pangu_ms.training.run.fields import complete, kept_fields
 from pangu_ms.training.run.ranks import find_ranks
 from pangu_ms.training.run.state import check_fields, read_checkpoint
+from pangu_ms.training.run.tensorboard import check_tensorboard
 from pangu_ms.training.step import TrainStep
 from pangu_ms.yaml_file import check_section
 
@@ -143,8 +146,8 @@ class PanguTrainStep(TrainStep):
         columns = [np.split(column.asnumpy(), self.accumulation) for column in batch]
         outputs = [super(PanguTrainStep, self).__call__(*(ms.Tensor(column) for column in part))
                    for part in zip(*columns)]
-        total, parts, norm, load = ([output.asnumpy() for output in outputs] for outputs in zip(*outputs))
-        means = np.mean(total), np.mean(parts, 0), norm[-1], np.sum(load, 0)
+        total, parts, norm, load, squares = ([output.asnumpy() for output in outputs] for outputs in zip(*outputs))
+        means = np.mean(total), np.mean(parts, 0), norm[-1], np.sum(load, 0), squares[-1]
         return tuple(ms.Tensor(values, ms.float32) for values in means)
 
 
@@ -239,10 +242,12 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         return super().sort_callbacks(default_callbacks)
 
     def create_model_wrapper(self, network, optimizer):
-        """In a resumed run the step gets every parameter back."""
+        """In a resumed run the step gets every parameter back. Evaluation in training is ours, see `PanguMonitor`."""
         step = super().create_model_wrapper(network, optimizer)
         if self.resume:
             restore(step, self.resume, self.ranks)
+        if self.run.held_out:
+            self.run.evaluation = make_evaluation(self.run.held_out, step.causal_lm)
         return step
 
 
@@ -281,12 +286,14 @@ def train(fields, output_dir, resume=None, state=None):
         fields = fields | {"load_checkpoint": resume, "pretrained_model_dir": ""}
     fields = complete(fields)
     check_keys(fields)
+    held_out, tensorboard = read_held_out(fields), check_tensorboard(fields.get("tensorboard"))
     ranks = find_ranks(fields)
     # MindSpore's own way of sharding them, behind the same key, is for its own optimizers.
     shard_states = (fields.get("parallel") or {}).pop("enable_parallel_optimizer", False)
     run = Run(output_dir, given, fields["seed"], steps=0, start=state.step if state else 0, sequences_per_step=0,
               sequences=state.sequences if state else 0,
-              tokenizer=fields["train_dataset"]["data_loader"].get("tokenizer"))
+              tokenizer=fields["train_dataset"]["data_loader"].get("tokenizer"),
+              epochs=fields["runner_config"].get("epochs", 1), held_out=held_out, tensorboard=tensorboard)
     config = mindformers_config(copy.deepcopy(fields), output_dir)
     weights = fields.get("load_checkpoint") or fields.get("pretrained_model_dir")
     if fields["run_mode"] == "finetune" and not weights:
@@ -300,9 +307,36 @@ def train(fields, output_dir, resume=None, state=None):
     Trainer(config).train()
 
 
+def evaluate(fields, output_dir):
+    """Evaluates `load_checkpoint` on `eval_dataset`: writes eval.json in `output_dir` and returns a line that says what
+    is in it; None on all ranks but the first.
+
+    Raises:
+        PanguError: as `train`, and when the file names no checkpoint.
+    """
+    fields = complete(fields)
+    check_keys(fields)
+    held_out, ranks = read_held_out(fields), find_ranks(fields)
+    weights = fields.get("load_checkpoint") or fields.get("pretrained_model_dir")
+    if not weights:
+        raise ConfigError("run_mode: found eval without weights; give load_checkpoint or pretrained_model_dir")
+    config = mindformers_config(copy.deepcopy(fields) | {"run_mode": "train"}, output_dir)
+    build_context(config)
+    ranks = collectives.start(ranks)
+    model = load(weights, PanguModelConfig(**fields["model"]["model_config"]).fields, ranks)
+    return report(make_evaluation(held_out, model), weights, output_dir)
+
+
+def make_evaluation(held_out, causal_lm):
+    """The `Evaluation` of a model as a `HeldOut` says; every rank reads all of its data."""
+    dataset = build_dataset_loader(MindFormerConfig(**held_out.loader)).project(COLUMNS)
+    return Evaluation(forward_objective(causal_lm), held_out, causal_lm.config.vocab_size,
+                      lambda: dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
+
+
 def check_keys(fields):
     """`ConfigError` names an unknown key of a section of ours, and the nearest known one."""
-    sections = [*CONFIG_NAME_TO_CLASS, *GeneralConfig.keys(), "pangu_training"]
+    sections = [*CONFIG_NAME_TO_CLASS, *GeneralConfig.keys(), "pangu_training", "tensorboard"]
     for name in fields.keys() - set(sections):  # MindFormers reads others too, which it lists nowhere
         if near := difflib.get_close_matches(name, sections, 1, 0.8):
             raise ConfigError(f"{name}: no such section; did you mean {near[0]}?")
@@ -314,6 +348,9 @@ def check_keys(fields):
     typed = [("train_dataset.data_loader", fields["train_dataset"]["data_loader"]), ("optimizer", fields["optimizer"]),
              ("runner_wrapper", fields["runner_wrapper"])]
     typed += [(f"callbacks.{given.get('type')}", given) for given in fields["callbacks"]]
+    held_out = fields.get("eval_dataset")
+    if isinstance(held_out, dict) and isinstance(held_out.get("data_loader"), dict):
+        typed.append(("eval_dataset.data_loader", held_out["data_loader"]))
     for section, given in typed:
         if owner := OWN.get(given.get("type")):
             check_section(section, given, ["type", *inspect.signature(owner).parameters])
@@ -323,6 +360,9 @@ def check_keys(fields):
         raise ConfigError(f"trainer.type: found {fields['trainer'].get('type')}, wanted PanguTrainer, which is "
                           "MindFormers' CausalLanguageModelingTrainer with checkpoints of ours")
     ours = {"PanguMonitor", "PanguCheckpoint"} & {given.get("type") for given in fields["callbacks"]}
+    for key in ("do_eval", "tensorboard"):
+        if fields.get(key) and "PanguMonitor" not in ours:
+            raise ConfigError(f"{key}: callbacks do not name PanguMonitor, which does what it asks; add it")
     if ours and fields["runner_wrapper"].get("type") != "PanguTrainStep":
         raise ConfigError(f"runner_wrapper.type: found {fields['runner_wrapper'].get('type')}, but callbacks name "
                           f"{min(ours)}, which reads what PanguTrainStep gives; take that or other callbacks")
@@ -342,6 +382,9 @@ def mindformers_config(fields, output_dir):
     """What MindFormers reads of a file, with the keys changed that would set something of its own going."""
     fields |= {"use_legacy": False, "output_dir": os.path.join(output_dir, "mindformers"), "load_checkpoint": "",
                "pretrained_model_dir": ""}
+    for name in ("do_eval", "eval_dataset", "eval_dataset_task", "eval_step_interval", "eval_epoch_interval",
+                 "tensorboard"):
+        fields.pop(name, None)                                                  # ours, see `Run`
     callbacks = fields.pop("callbacks")
     ConfigTemplate.apply_template(fields)
     fields["callbacks"] = callbacks                                             # its template adds MFLossMonitor

@@ -54,6 +54,11 @@ def changed(**values):
     ({"train_dataset__input_columns": ["input_ids"]}, "input_columns: found .*wanted"),
     ({"runner_wrapper": {"type": "MFTrainOneStepCell"}}, "found MFTrain.*, but callbacks name PanguCheckpoint"),
     ({"lr_schedule__warmup_epochs": 1}, "warmup_epochs: .*give warmup_steps or warmup_ratio"),
+    ({"do_eval": True, "callbacks": [{"type": "PanguCheckpoint"}]}, "do_eval: callbacks do not name PanguMonitor"),
+    ({"tensorboard": {"dir": "x"}}, "tensorboard.dir: no such key; did you mean tensorboard_dir?"),
+    ({"eval_dataset__data_loader__seq_len": 1}, "eval_dataset.data_loader.seq_len: .*did you mean seq_length?"),
+    ({"eval_step_interval": "all"}, "eval_step_interval: found 'all', wanted a number of steps"),
+    ({"callbacks__0__devise": "x"}, "callbacks.PanguMonitor.devise: no such key; did you mean device?"),
     ({"optimizer": None}, "optimizer: found None, wanted a section"),
     ({"run_mode": "finetune"}, "run_mode: found finetune without weights"),
 ])
@@ -109,21 +114,21 @@ def test_a_run_stands_for_its_newest_checkpoint(mindformers, data, tmp_path):
 
 
 def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
-    """Losses are the mean over its parts, the load their sum, and the norm that of the last, which has updated."""
+    """Losses are the mean over its parts, the load their sum; norm and squares are the last one's, which updates."""
     calls = []
 
     def once(self, ids, mask):
         calls.append((ids.asnumpy().tolist(), mask.asnumpy().tolist()))
         n = len(calls)
-        return tuple(ms.Tensor(np.array(v, np.float32)) for v in (n, [n, 2 * n], 7 * (n == 2), [[n, 1]]))
+        return tuple(ms.Tensor(np.array(v, np.float32)) for v in (n, [n, 2 * n], 7 * (n == 2), [[n, 1]], [n]))
 
     monkeypatch.setattr(mindformers.TrainStep, "__call__", once)
     step = mindformers.PanguTrainStep.__new__(mindformers.PanguTrainStep)
     object.__setattr__(step, "accumulation", 2)
     batch = (ms.Tensor(np.arange(4, dtype=np.int32)), ms.Tensor(np.ones(4, np.float32)))
-    total, parts, norm, load = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
+    total, parts, norm, load, squares = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
     assert calls == [([0, 1], [1, 1]), ([2, 3], [1, 1])]
-    assert (total, parts, norm, load) == (1.5, [1.5, 3.0], 7.0, [[3.0, 2.0]])
+    assert (total, parts, norm, load, squares) == (1.5, [1.5, 3.0], 7.0, [[3.0, 2.0]], [2.0])
 
 
 def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
