@@ -53,8 +53,8 @@ def grouped(directory, ranks):
 
 
 def train(directory, ranks):
-    """-> arrays by name: the parts of the loss, gradients by parameter, losses and gradient norms of STEPS steps, and
-    the optimizer's moments at their end.
+    """-> arrays by name: the parts of the loss, gradients by parameter and their sums of squares, losses and gradient
+    norms of STEPS steps, and the optimizer's moments at their end.
 
     The ranks share a batch as they share everything else.
     """
@@ -80,7 +80,10 @@ def train(directory, ranks):
         if number == 0:
             found = {f"gradient {parameter.name}": gradient.asnumpy()
                      for parameter, gradient in zip(optimizer.parameters, gradients)} | {"parts": parts.asnumpy()}
-        norms.append(step.update(ms.mutable(gradients), load)[0].asnumpy())
+        norm, squares = step.update(ms.mutable(gradients), load)
+        if number == 0:
+            found |= {"squares": squares.asnumpy()}
+        norms.append(norm.asnumpy())
         losses.append(total.asnumpy())
     states = {parameter.name: parameter.asnumpy() for parameter in optimizer.get_parameters()
               if parameter.name not in optimizer.own_names} | optimizer.gathered_states()

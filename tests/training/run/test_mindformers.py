@@ -1,5 +1,6 @@
 """What MindFormers sees of this package. Importing it takes seconds, so these tests share one process."""
 import copy
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,9 +8,12 @@ from types import SimpleNamespace
 import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import ops
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.errors import PanguError
+from pangu_ms.parallel.ranks import Ranks
+from pangu_ms.text.tokenizer import Tokenizer
 from pangu_ms.training.data import loader as loader_module
 from pangu_ms.yaml_file import read_yaml
 
@@ -163,6 +167,33 @@ def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
     assert (source.documents(5), source.largest_id) == (["d5"], 90)
     with pytest.raises(PanguError, match="data_loader.documents: found 'books', wanted texts or chats"):
         mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="books")
+
+
+def test_a_checkpoint_is_evaluated_on_the_data_of_the_file(mindformers, data, tokenizer_directory, jsonl, tmp_path,
+                                                          monkeypatch):
+    """The model is stood in for by its objective: the loss of a token is its id."""
+    class Objective(ms.nn.Cell):
+        part_names, causal_lm = ("lm",), SimpleNamespace(ranks=Ranks())
+
+        def construct(self, input_ids, labels, loss_mask, position_ids):
+            lm = ops.sum(ops.cast(labels, ms.float32) * loss_mask) / ops.maximum(ops.sum(loss_mask), 1.0)
+            return lm, ops.stack((lm,)), ops.zeros((0, 1), ms.float32)
+
+    loaded = SimpleNamespace(config=SimpleNamespace(vocab_size=300))
+    monkeypatch.setattr(mindformers, "build_context", lambda config: None)
+    monkeypatch.setattr(mindformers, "load", lambda directory, fields, ranks: loaded)
+    monkeypatch.setattr(mindformers, "forward_objective", lambda model: Objective())
+    text = "the user " * 9
+    loader = {"path": str(jsonl([{"text": text}])), "tokenizer": str(tokenizer_directory), "seq_length": 7}
+    fields = changed(run_mode="eval", load_checkpoint=str(data / "tiny"), model={"model_config": {}})
+    fields["eval_dataset"]["data_loader"] |= loader
+    line = mindformers.evaluate(fields, str(tmp_path))
+    ids = [*Tokenizer(tokenizer_directory).encode(text), 277]
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert (found["lm"], found["tokens"]) == (pytest.approx(np.mean(ids[1:]), rel=1e-6), len(ids) - 1)
+    assert found["sequences"] == -(-len(ids) // 7) > 4 and line.startswith(f"{data / 'tiny'}: held-out lm ")
+    with pytest.raises(PanguError, match="run_mode: found eval without weights; give load_checkpoint"):
+        mindformers.evaluate(changed(run_mode="eval"), str(tmp_path))
 
 
 @pytest.mark.slow
