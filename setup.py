@@ -43,6 +43,7 @@ setup(
         "protobuf>=3.20",
         "pyyaml>=6",
         "sentencepiece>=0.2",
+        "tensorboardX>=2.6",
         "tokenizers>=0.21",
         "tqdm>=4.65",
     ],

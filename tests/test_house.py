@@ -14,7 +14,8 @@ PACKAGE = Path(pangu_ms.__file__).parent
 FILES = {".".join(("pangu_ms", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"):
          ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
 
-# Room -> the rooms that its files import. `plan` is model/plan.py, the records that all others agree on. Behind these
+# Room -> the rooms that its files import. `plan` is model/plan.py, the records that all others agree on; `run` is
+# training/run, which starts what training computes, and tells how fast it is by the estimate's formulas. Behind these
 # arrows `device` loads ops/ by name when a graph is compiled: a formula does not know what stands in for it.
 ARROWS = {
     "errors": "",
@@ -35,8 +36,9 @@ ARROWS = {
     "pretrained": "architectures checkpoint device errors model parallel",
     "generation": "architectures cache checkpoint device errors interrupts model parallel plan pretrained shaping text "
                   "yaml_file yaml_keys",
-    "training": "architectures checkpoint conversion device errors interrupts model parallel pretrained shaping text "
-                "yaml_file yaml_keys",
+    "training": "architectures checkpoint errors model parallel shaping text yaml_file",
+    "run": "architectures checkpoint conversion device errors estimate interrupts parallel pretrained text training "
+           "yaml_file yaml_keys",
     "estimate": "architectures cache errors generation model parallel plan training yaml_file",
     "env": "device",
 }
@@ -48,6 +50,8 @@ WITHOUT_MINDSPORE = ("errors", "plan", "yaml_keys", "yaml_file", "architectures"
 def room(module):
     if module == "pangu_ms.model.plan":
         return "plan"
+    if module.startswith("pangu_ms.training.run"):
+        return "run"
     return module.split(".")[1] if "." in module else "pangu_ms"
 
 

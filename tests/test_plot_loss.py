@@ -24,11 +24,18 @@ def test_a_panel_for_each_part_and_a_line_for_each_run(log, tmp_path, monkeypatc
     monkeypatch.setattr(pyplot, "close", lambda figure: drawn.update(
         {panel.get_title(): {line.get_label(): line.get_ydata().tolist() for line in panel.get_lines()}
          for panel in figure.axes if panel.get_title()}))
-    logs = [log("muon", [4, 2, 1]), log("adamw", [4, 3], z=7)]
+    timing = {"seconds/data": 1, "tflops": 1, "expert_balance/layer_0": 1}
+    logs = [log("muon", [4, 2, 1]), log("adamw", [4, 3], z=7, **{"eval/lm": 3, "grad_norm/head": 2}, **timing)]
     assert plot_loss.main([*logs, "--out", str(tmp_path / "loss.png")]) == 0
-    assert drawn == {"loss": {"muon": [4, 2, 1], "adamw": [4, 3]}, "lm": {"muon": [2, 1, .5], "adamw": [2, 1.5]},
-                     "z": {"adamw": [7, 7]}}
+    assert drawn == {"loss": {"muon": [4, 2, 1], "adamw": [4, 3]}, "z": {"adamw": [7, 7]},
+                     "lm": {"muon": [2, 1, .5], "adamw": [2, 1.5], "adamw held out": [3, 3]},
+                     "grad_norm by part": {"adamw head": [2, 2]}}
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_belongs_together_is_in_one_panel():
+    assert plot_loss.panel_of("lm") == ("lm", "") and plot_loss.panel_of("eval/lm") == ("lm", "held out")
+    assert plot_loss.panel_of("grad_norm/head") == ("grad_norm by part", "head")
 
 
 def test_smooth():

@@ -1,4 +1,7 @@
-"""Draw the losses of training runs from their log.jsonl files: one panel for each quantity, one line for each run."""
+"""Draw the losses of training runs from their log.jsonl files: one panel for each quantity, one line for each run.
+
+The held-out loss is in the panel of the training loss; gradient norms by part are in one panel.
+"""
 import argparse
 import json
 import os
@@ -12,7 +15,8 @@ EXAMPLE = """examples:
 
 A run is called after the directory of its log. Needs matplotlib: pip install pangu_ms[plot]
 """
-NOT_DRAWN = ("step", "seconds", "tokens_per_second")
+NOT_DRAWN = ("step", "seconds", "tokens_per_second", "tflops", "mfu", "expert_balance/")  # what names begin with
+HELD_OUT = "eval/"
 COLUMNS = 3
 
 
@@ -75,6 +79,14 @@ def smooth(values, count):
     return means
 
 
+def panel_of(name):
+    """The title of the panel that a quantity is drawn in, and what its lines are called besides the run."""
+    if name.startswith(HELD_OUT):
+        return name.removeprefix(HELD_OUT), "held out"
+    group, slash, part = name.partition("/")
+    return (f"{group} by part", part) if slash else (name, "")
+
+
 def draw(runs, path, count):
     try:
         import matplotlib
@@ -83,21 +95,28 @@ def draw(runs, path, count):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(name for log in runs.values() for name in log if name not in NOT_DRAWN))
-    rows = -(-len(names) // COLUMNS)
+    names = dict.fromkeys(name for log in runs.values() for name in log if not name.startswith(NOT_DRAWN))
+    titles = list(dict.fromkeys(panel_of(name)[0] for name in names))
+    rows = -(-len(titles) // COLUMNS)
     figure, panels = pyplot.subplots(rows, COLUMNS, figsize=(5 * COLUMNS, 3.2 * rows), squeeze=False,
                                      layout="constrained")
-    for panel, name in zip(panels.flat, names):
+    places = dict(zip(titles, panels.flat))
+    for name in names:
+        title, part = panel_of(name)
+        panel = places[title]
         for run, log in runs.items():
             if name in log:
                 steps, values = zip(*log[name])
-                panel.plot(steps, smooth(values, count), label=run, linewidth=1)
-        panel.set(title=name, xlabel="step")
+                held_out = name.startswith(HELD_OUT)
+                panel.plot(steps, values if held_out else smooth(values, count), linewidth=1,
+                           label=" ".join((run, part)).strip(), marker="o" * held_out, markersize=3)
+        panel.set(title=title, xlabel="step")
         panel.grid(alpha=0.3)
-    for panel in panels.flat[len(names):]:
+    for panel in panels.flat[len(titles):]:
         panel.axis("off")
-    if len(runs) > 1:
-        panels.flat[0].legend()
+    for panel in panels.flat[:len(titles)]:
+        if panel is panels.flat[0] and len(runs) > 1 or len(panel.get_lines()) > len(runs):
+            panel.legend(fontsize="x-small")
     try:
         figure.savefig(path)
     except ValueError as error:

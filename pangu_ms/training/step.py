@@ -50,7 +50,7 @@ def _mean(copies, everyone, share, expert, gradient):
 
 
 class ModelSum(nn.Cell):
-    """The sum of a number for each parameter, [P], over all ranks of a model; what several ranks hold counts once."""
+    """Of a number for each parameter, [P], the sums over all ranks of a model; what several ranks hold counts once."""
 
     def __init__(self, ranks, tensors):
         super().__init__()
@@ -60,12 +60,12 @@ class ModelSum(nn.Cell):
         self.over_tensor, self.over_expert = collectives.reduce(ranks, "tensor"), collectives.reduce(ranks, "expert")
 
     def construct(self, values):
-        total = ops.sum(values * self.share, -1, keepdim=True)                  # [1]: a scalar is no message
-        return self.over_expert(self.over_tensor(total))[0]
+        return self.over_expert(self.over_tensor(values * self.share))
 
 
 class Update(nn.Cell):
-    """Gradients, load [M, E] and loss of a step -> the parameters are changed; the gradients' norm before clipping.
+    """Gradients, load [M, E] and loss of a step -> the parameters are changed; the gradients' norm before clipping, and
+    the sum of squares of each of them, [P].
 
     With `skips`, a loss or norm that is not finite changes nothing but the optimizer's count of steps, which schedules
     follow. All ranks have the same loss and norm, so all do the same.
@@ -76,9 +76,9 @@ class Update(nn.Cell):
         self.optimizer, self.max_norm, self.skips = optimizer, max_grad_norm, skips
         self.each = ops.Map()  # a graph's own loop nests one level deeper at every turn
         causal_lm = objective.causal_lm
-        self.sum = ops.ReduceSum()
+        self.sum, self.of_ranks = ops.ReduceSum(), None
         if causal_lm.ranks.model.count > 1:
-            self.sum = ModelSum(causal_lm.ranks, _tensors(objective, optimizer.parameters))
+            self.of_ranks = ModelSum(causal_lm.ranks, _tensors(objective, optimizer.parameters))
         rates = ByStep.of(bias_update_rate)
         self.biased, self.constant = objective.biased and rates.largest > 0, len(rates.values) == 1
         self.rates, self.starts = ms.Tensor(rates.values, ms.float32), ms.Tensor(rates.starts, ms.float32)
@@ -86,14 +86,17 @@ class Update(nn.Cell):
                                          for i in objective.moe_layers if objective.biased])
 
     def construct(self, gradients, load, loss=0.0):
-        norm = ops.sqrt(self.sum(ops.stack(self.each(_sum_of_squares, gradients))))
+        squares = ops.stack(self.each(_sum_of_squares, gradients))              # [P]
+        if self.of_ranks is not None:
+            squares = self.of_ranks(squares)
+        norm = ops.sqrt(self.sum(squares))
         if not self.skips:
-            return self._change(gradients, load, norm)
+            return self._change(gradients, load, norm), squares
         if ops.logical_and(ops.isfinite(norm), ops.isfinite(loss)):
             norm = self._change(gradients, load, norm)
         else:
             norm = ops.depend(norm, ops.assign_add(self.optimizer.global_step, 1))
-        return norm
+        return norm, squares
 
     def _change(self, gradients, load, norm):
         if self.max_norm is not None:
@@ -115,10 +118,11 @@ class Update(nn.Cell):
 
 
 class TrainStep(nn.Cell):
-    """`step(*batch)` -> total, parts [P], gradient norm, load [M, E].
+    """`step(*batch)` -> total, parts [P], gradient norm, load [M, E], squares [N]: the sum of squares of the gradient
+    of each of `optimizer.parameters`, before clipping.
 
     With accumulation > 1 the parameters change at every accumulation-th call, by the mean of the gradients since the
-    last change; the other calls give a norm of 0. Everything else is of the call's own batch.
+    last change; the other calls give a norm and squares of 0. Everything else is of the call's own batch.
 
     Args:
         objective: a cell such as `Pretraining`.
@@ -157,7 +161,8 @@ class TrainStep(nn.Cell):
 
     def construct(self, *batch):
         total, parts, load, gradients = self.gradients(*batch)
-        return total, parts, self.update(gradients, load, total), load
+        norm, squares = self.update(gradients, load, total)
+        return total, parts, norm, load, squares
 
     def __call__(self, *batch):
         if not self.accumulates:
@@ -167,10 +172,10 @@ class TrainStep(nn.Cell):
         self.total_sum = total if self.calls == 0 else self.total_sum + total
         self.calls += 1
         if self.calls < self.accumulation:
-            return total, parts, ms.Tensor(0.0, ms.float32), load
+            return total, parts, ms.Tensor(0.0, ms.float32), load, ops.zeros(len(self.sums), ms.float32)
         self.calls = 0
-        norm = self.flush(self.load_sum, self.total_sum, ms.Tensor(1 / self.accumulation, ms.float32))
-        return total, parts, norm, load
+        norm, squares = self.flush(self.load_sum, self.total_sum, ms.Tensor(1 / self.accumulation, ms.float32))
+        return total, parts, norm, load, squares
 
 
 class Accumulate(nn.Cell):
@@ -193,8 +198,8 @@ class Flush(nn.Cell):
         self.update, self.sums, self.each = update, sums, ops.Map()
 
     def construct(self, load, total, share):
-        norm = self.update(self.each(ops.partial(_scale, share), self.sums), load, total)
-        return ops.depend(norm, self.each(_clear, ops.depend(self.sums, norm)))
+        norm, squares = self.update(self.each(ops.partial(_scale, share), self.sums), load, total)
+        return ops.depend(norm, self.each(_clear, ops.depend(self.sums, norm))), squares
 
 
 def _tensors(objective, weights):

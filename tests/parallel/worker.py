@@ -53,8 +53,9 @@ def grouped(directory, ranks):
 
 
 def train(directory, ranks):
-    """-> arrays by name: the parts of the loss, gradients by parameter, losses and gradient norms of STEPS steps, and
-    the optimizer's moments at their end. A step that is not finite on one rank changes nothing on any.
+    """-> arrays by name: the parts of the loss, gradients by parameter and their sums of squares, losses and gradient
+    norms of STEPS steps, and the optimizer's moments at their end. A step that is not finite on one rank changes
+    nothing on any.
 
     The ranks share a batch as they share everything else.
     """
@@ -82,8 +83,11 @@ def train(directory, ranks):
                      for parameter, gradient in zip(optimizer.parameters, gradients)} | {"parts": parts.asnumpy()}
         if number == 1:                                                         # what the first rank has is broken
             broken = gradients if ranks.model.rank else tuple(gradient * np.nan for gradient in gradients)
-            assert not np.isfinite(step.update(ms.mutable(broken), load, total).asnumpy())
-        norms.append(step.update(ms.mutable(gradients), load, total).asnumpy())
+            assert not np.isfinite(step.update(ms.mutable(broken), load, total)[0].asnumpy())
+        norm, squares = step.update(ms.mutable(gradients), load, total)
+        if number == 0:
+            found |= {"squares": squares.asnumpy()}
+        norms.append(norm.asnumpy())
         losses.append(total.asnumpy())
     assert np.isfinite(losses).all()
     states = {parameter.name: parameter.asnumpy() for parameter in optimizer.get_parameters()

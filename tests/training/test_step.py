@@ -38,15 +38,15 @@ def model(small):
 
 
 def update(model, gradients, load, max_norm, bias_rate):
-    """-> the norm, the gradients that the optimizer gets, the biases, all as arrays."""
+    """-> the norm, the gradients that the optimizer gets, the biases, the gradients' squares, all as arrays."""
     kept = [ms.Parameter(ops.zeros_like(ms.Tensor(g)), f"g{i}") for i, g in enumerate(gradients)]
     cell = Update(Pretraining(model, TrainingSettings()), Keep(kept), max_norm, bias_rate)
-    norm = cell(tuple(ms.Tensor(g) for g in gradients), ms.Tensor(load)).asnumpy()
+    norm, squares = cell(tuple(ms.Tensor(g) for g in gradients), ms.Tensor(load))
     biases = [model.parameters_dict()[name] for name in BIASES]
     found = [bias.asnumpy().copy() for bias in biases]
     for bias in biases:
         bias.set_data(ops.zeros_like(bias))
-    return norm.item(), [p.asnumpy() for p in kept], found
+    return norm.asnumpy().item(), [p.asnumpy() for p in kept], found, squares.asnumpy()
 
 
 GRADIENTS = [np.float32([[3, 0], [0, 0]]), np.float32([0, -4])]  # of norm 5
@@ -55,28 +55,28 @@ LOAD = np.float32([[0, 6, 3, 3, 3, 3, 3, 3], [10, 0, 0, 0, 0, 0, 7, 7]])  # mean
 
 @pytest.mark.parametrize("max_norm, share", [(1.0, 0.2), (4.9, 0.98), (5.1, 1.0), (None, 1.0)])
 def test_clipping(model, max_norm, share):
-    norm, found, _ = update(model, GRADIENTS, LOAD, max_norm, 0.0)
-    assert norm == pytest.approx(5)
+    norm, found, _, squares = update(model, GRADIENTS, LOAD, max_norm, 0.0)
+    assert norm == pytest.approx(5) and squares.tolist() == [9, 16]
     for gradient, wanted in zip(found, GRADIENTS):
         np.testing.assert_allclose(gradient, share * wanted, rtol=1e-6)
 
 
 def test_half_precision_gradients_have_a_float32_norm(model):
     """Their squares would overflow."""
-    norm, found, _ = update(model, [np.full(100, 300, np.float16)], LOAD, 1.0, 0.0)
+    norm, found, *_ = update(model, [np.full(100, 300, np.float16)], LOAD, 1.0, 0.0)
     assert norm == pytest.approx(3000) and found[0].dtype == np.float16
     assert found[0][0] == pytest.approx(0.1, rel=2e-3)
 
 
 def test_biases_move_towards_an_even_load(model):
     """Up for experts below the mean of their layer, down for those above, by the rate; layers in order."""
-    _, _, biases = update(model, GRADIENTS, LOAD, None, 0.01)
+    _, _, biases, _ = update(model, GRADIENTS, LOAD, None, 0.01)
     np.testing.assert_allclose(biases[0], 0.01 * np.float32([1, -1, 0, 0, 0, 0, 0, 0]))
     np.testing.assert_allclose(biases[1], 0.01 * np.float32([-1, 1, 1, 1, 1, 1, -1, -1]))
 
 
 def test_without_a_rate_biases_stay(model):
-    _, _, biases = update(model, GRADIENTS, LOAD, None, 0.0)
+    _, _, biases, _ = update(model, GRADIENTS, LOAD, None, 0.0)
     assert not np.any(biases)
 
 
@@ -90,7 +90,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(model):
     steps = ((1, 0, 0.01), (np.nan, 0, 0.01), (2, 0, 0.01), (3, -np.inf, 0.01), (4, 0, 0.04), (1e30, 0, 0.04))
     for count, (factor, loss, moved) in enumerate(steps, 1):
         gradients = tuple(ms.Tensor(np.float32(factor) * g) for g in GRADIENTS)
-        norm = cell(ms.mutable(gradients), ms.Tensor(LOAD), ms.Tensor(loss, ms.float32))
+        norm, _ = cell(ms.mutable(gradients), ms.Tensor(LOAD), ms.Tensor(loss, ms.float32))
         np.testing.assert_allclose(norm.asnumpy(), np.inf if factor == 1e30 else 5 * factor, rtol=1e-6)
         last = max(n for n, other, _ in steps[:count] if n < 1e30 and np.isfinite(other))
         np.testing.assert_array_equal(kept[0].asnumpy(), last * GRADIENTS[0])
@@ -130,11 +130,12 @@ def test_accumulated_halves_are_one_step(model):
     for name in begin:
         np.testing.assert_array_equal(halves[0][1][name], begin[name], err_msg=name)        # half a step is none
     for i in range(2):
-        (total, parts, norm, load), wanted = whole[i]
+        (total, parts, norm, load, squares), wanted = whole[i]
         first, second = (outputs for outputs, _ in halves[2 * i:2 * i + 2])
         assert (first[0] + second[0]) / 2 == pytest.approx(total, rel=2e-6)
         np.testing.assert_allclose((first[1] + second[1]) / 2, parts, rtol=1e-5)
         np.testing.assert_array_equal(first[3] + second[3], load)
+        assert not first[4].any() and second[4] == pytest.approx(squares, rel=1e-4)
         assert first[2] == 0 and second[2] == pytest.approx(norm, rel=1e-5) and norm > 0.5  # clipped, both
         found = halves[2 * i + 1][1]
         for name in begin:

@@ -1,7 +1,7 @@
 """What a run shows, logs, refuses and saves: MindSpore callbacks around a `TrainStep`.
 
-The step's outputs are (total, parts, grad_norm, load), see `pangu_ms.training.step`. Whoever makes the callbacks sets
-their `run`.
+The step's outputs are (total, parts, grad_norm, load, squares), see `pangu_ms.training.step`. Whoever makes the
+callbacks sets their `run`.
 """
 import contextlib
 import json
@@ -23,7 +23,13 @@ from pangu_ms.training.by_step import ByStep
 from pangu_ms.training.data.loader import source_of
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.run.background import Background
+from pangu_ms.training.run.evaluation import PREFIX, Evaluation, sentence
+from pangu_ms.training.run.held_out import HeldOut
+from pangu_ms.training.run.measures import Measures, peak
 from pangu_ms.training.run.state import LOG_FILE, RunState, save_checkpoint
+from pangu_ms.training.run.tensorboard import Curves
+
+SAY_EVERY = 30.0  # seconds between two lines of a run whose stderr is no terminal
 
 
 @dataclass
@@ -43,6 +49,10 @@ class Run:
         batch_ramp: a `ByStep` of the sequences of each step.
         skip_nonfinite: how many steps in a row may have no finite loss or norm.
         finite: the last step of this process that had, or `start`.
+        epochs: that the steps make.
+        held_out, evaluation: when to evaluate, and what does.
+        tensorboard: the section of that name.
+        saving: seconds of writing checkpoints that no line of the log has yet.
     """
 
     output_dir: str
@@ -57,6 +67,11 @@ class Run:
     batch_ramp: ByStep | None = None
     skip_nonfinite: int = 0
     finite: int = 0
+    epochs: int = 1
+    held_out: HeldOut | None = None
+    evaluation: Evaluation | None = None
+    tensorboard: dict[str, Any] | None = None
+    saving: float = 0.0
 
     def __post_init__(self):
         self.finite = self.start
@@ -68,63 +83,108 @@ class Run:
     def sequences_of(self, step: int) -> int:
         return self.sequences_before(step + 1) - self.sequences_before(step)
 
+    def saved(self) -> float:
+        """`saving`, which begins anew."""
+        saving, self.saving = self.saving, 0.0
+        return saving
+
 
 class PanguMonitor(Callback):
     """A progress bar, a line of log.jsonl for each step, and the end of the run when a number is no longer finite.
 
     A line holds step (from 1), loss, each part of it by name, learning_rate, grad_norm (before clipping),
     tokens_per_second and seconds of the step; the first step's seconds include compiling. Where there are experts,
-    expert_balance: load of the busiest one of a layer over the mean, in the worst layer. The line of a step that was
-    skipped has null for what was not finite, and skipped: how many were in a row.
+    expert_balance: load of the busiest one of a layer over the mean, in the worst layer. Then what `Measures` tells,
+    seconds/data that the step waited for its batch, seconds/checkpoint of what was saved since the line before, and
+    where the step ends with an evaluation eval/... and seconds/evaluation. TensorBoard gets the same numbers. The line
+    of a step that was skipped has null for what was not finite, and skipped: how many were in a row.
+
+    Where stderr is no terminal, a line every SAY_EVERY seconds takes the bar's place.
+
+    Args:
+        device: what the run is on, a name in `estimate.devices.DEVICES`, for the share of its peak (mfu).
     """
 
-    run = bar = log = None
+    run = bar = log = curves = None
+
+    def __init__(self, device=None):
+        peak(device, "float32")
+        self.device = device
 
     def on_train_begin(self, run_context):
-        self.part_names = run_context.original_args().train_network.objective.part_names
+        network = run_context.original_args().train_network
+        self.part_names = network.objective.part_names
+        self.measures = Measures(network, self.device)
         self.log = _open_log(self.run) if self.run.rank == 0 else None
+        if (self.run.tensorboard or {}).get("tensorboard_dir") and self.run.rank == 0:
+            self.curves = Curves(self.run.tensorboard, self.run.start)
+        self.said = -SAY_EVERY
         # MindSpore compiles in the first step, without a word. tqdm's own thread shows a bar that stands still again.
         self.bar = tqdm(desc="compiling the training graph", bar_format="{desc}: {elapsed}", miniters=2, leave=False,
                         disable=self._disable())
-        self.compiling = True
+        self.compiling, self.ended = True, time.monotonic()
 
     def on_train_step_begin(self, run_context):
-        self.began = time.monotonic()
+        self.began, self.saved = time.monotonic(), self.run.saved()
+        self.waited = self.began - self.ended - self.saved
 
     def on_train_step_end(self, run_context):
         parameters = run_context.original_args()
         step = self.run.start + parameters.cur_step_num
         line = {"step": step} | numbers(self.part_names, parameters.net_outputs)
-        seconds = time.monotonic() - self.began
-        if self.compiling:
-            self.compiling = False
+        saved = self.run.saved()                                                # by a callback before this one
+        seconds = time.monotonic() - self.began - saved
+        first, self.compiling = self.compiling, False
+        if first:
             self.bar.close()
             if self.run.rank == 0:
                 print(f"compiled the training graph in {seconds:.0f} s", file=sys.stderr)
             self.bar = tqdm(total=self.run.steps, initial=step - 1, unit="step", desc="training",
                             disable=self._disable())
         check_finite(line, self.run, parameters.train_dataset)
-        tokens = self.run.sequences_of(step) * parameters.train_dataset_element[0].shape[1]
+        length = parameters.train_dataset_element[0].shape[1]
+        tokens = self.run.sequences_of(step) * length
         line |= {"learning_rate": learning_rate(parameters.train_network.optimizer, step),
-                 "tokens_per_second": tokens / seconds, "seconds": seconds}
+                 "tokens_per_second": tokens / seconds, "seconds": seconds, "seconds/data": self.waited}
+        line |= self.measures(parameters.net_outputs, length, tokens / seconds)
+        if saved + self.saved:
+            line["seconds/checkpoint"] = saved + self.saved
+        if self.run.held_out and self.run.held_out.due(step, self.run.steps, self.run.epochs):
+            line |= self._evaluate(step)
         if skipped := step - self.run.finite:
             line = {name: value if np.isfinite(value) else None for name, value in line.items()} | {"skipped": skipped}
         if self.log:
             self.log.write(json.dumps(line) + "\n")
             self.log.flush()
-        if skipped:
-            self.bar.set_postfix_str(f"skipped {skipped} in a row", refresh=False)
-            self.bar.update()
-            return
+        if self.curves:
+            self.curves.write(line)
+        shown = f"skipped {skipped} in a row" if skipped else self._shown(line)
+        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.update()
+        self.ended = time.monotonic()
+        due = not first and self.ended - self.said > SAY_EVERY or step == self.run.steps
+        if due and self.bar.disable and self.run.rank == 0:
+            self.said = self.ended
+            left = tqdm.format_interval((self.run.steps - step) * (seconds + self.waited))
+            print(f"step {step} of {self.run.steps}: {shown}, {left} left", file=sys.stderr)
+
+    def _shown(self, line):
         parts = " ".join(f"{name} {line[name]:.3f}" for name in ("loss", *self.part_names))
         balance = f"balance {line['expert_balance']:.2f} " if "expert_balance" in line else ""
-        self.bar.set_postfix_str(f"{parts} lr {line['learning_rate']:.2e} norm {line['grad_norm']:.2f} {balance}"
-                                 f"{line['tokens_per_second']:.0f} tok/s", refresh=False)
-        self.bar.update()
+        return (f"{parts} lr {line['learning_rate']:.2e} norm {line['grad_norm']:.2f} {balance}"
+                f"{line['tokens_per_second']:.0f} tok/s")
+
+    def _evaluate(self, step):
+        began = time.monotonic()
+        found = self.run.evaluation()
+        if self.run.rank == 0:
+            tqdm.write(f"step {step}: {sentence(found, self.run.evaluation)}", file=sys.stderr)
+        return {PREFIX + name: value for name, value in found.items()} | \
+            {"seconds/evaluation": time.monotonic() - began}
 
     def __exit__(self, *error):
         """MindSpore leaves its callbacks through here, whether training ended or was ended."""
-        for opened in (self.bar, self.log):
+        for opened in (self.bar, self.log, self.curves):
             if opened is not None:
                 opened.close()
 
@@ -169,7 +229,9 @@ class PanguCheckpoint(Callback):
         line = {"step": step} | numbers(network.objective.part_names, parameters.net_outputs)
         check_finite(line, run, parameters.train_dataset)
         if step % self.every == 0 or step == run.steps:
+            began = time.monotonic()
             self._save(network, step)
+            run.saving += time.monotonic() - began
 
     def __exit__(self, kind, error, _):
         """However the training ended, what is being written is written to its end."""
@@ -214,7 +276,7 @@ def split_parameters(network):
 
 def numbers(part_names, outputs):
     """The outputs of a step as Python numbers: loss, the parts by name, grad_norm, and of experts expert_balance."""
-    total, parts, grad_norm, load = (output.asnumpy() for output in outputs)
+    total, parts, grad_norm, load = (output.asnumpy() for output in outputs[:4])
     found = {"loss": total.item()} | dict(zip(part_names, parts.tolist())) | {"grad_norm": grad_norm.item()}
     return found | ({"expert_balance": (load.max(1) / load.mean(1)).max().item()} if load.size else {})
 

@@ -19,14 +19,20 @@ from pangu_ms.yaml_file import read_yaml
 EXAMPLE = """examples:
   pangu-train --config configs/openpangu_v2/pretrain_toy_cpu.yaml
   pangu-train --config configs/openpangu_v2/pretrain_toy_cpu.yaml --resume
+  pangu-train --config configs/openpangu_v2/pretrain_toy_cpu.yaml --run_mode eval \\
+      --options load_checkpoint=output/pretrain
   pangu-train --config pretrain.yaml --options runner_config.epochs=2 callbacks.1.save_checkpoint_steps=50
   msrun --worker_num=2 --local_worker_num=2 --join=True tools/train.py --config pretrain.yaml \\
       --options use_parallel=True parallel_config.model_parallel=2
 
 output_dir gets log.jsonl (a line for each step), checkpoints/step_* (each a model that pangu-generate and pangu-convert
 read), and mindformers/ with what MindFormers writes and prints. --resume goes on from the newest complete checkpoint.
+--run_mode eval trains nothing: it prints the losses of load_checkpoint on eval_dataset, and writes eval.json.
 Exit code 0 on success, 2 when something is wrong (one line says what and how to mend it), 130 after Ctrl-C.
 """
+
+
+RUN_MODES = ("train", "finetune", "eval")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in output_dir")
     parser.add_argument("--list-keys", action="version", version=page(),
                         help="print every key of a file, with what it does or why it is refused, and leave")
-    parser.add_argument("--run_mode", choices=("train", "finetune"), help="in place of the file's")
+    parser.add_argument("--run_mode", choices=RUN_MODES, help="in place of the file's")
     return parser
 
 
@@ -66,18 +72,34 @@ def run(arguments: argparse.Namespace) -> None:
         set_option(fields, option)
     if arguments.run_mode:
         fields["run_mode"] = arguments.run_mode
-    if fields.get("run_mode", "train") not in ("train", "finetune"):
-        raise ConfigError(f"{arguments.config}: run_mode is {fields['run_mode']!r}, wanted train or finetune; "
+    if fields.get("run_mode", "train") not in RUN_MODES:
+        raise ConfigError(f"{arguments.config}: run_mode is {fields['run_mode']!r}, wanted train, finetune or eval; "
                           "pangu-generate --config reads a file for predict")
     output_dir = os.path.realpath(fields.get("output_dir") or "./output")
+    if fields.get("run_mode") == "eval":
+        evaluate(fields, output_dir, arguments)
+        return
     resume = find_checkpoint(output_dir, arguments.resume)
     state = read_state(resume) if resume else None
-    check_paths(fields, () if resume else ("load_checkpoint", "pretrained_model_dir"))
+    check_paths(fields, () if resume else ("load_checkpoint", "pretrained_model_dir"),
+                 ("train_dataset", "eval_dataset") if fields.get("do_eval") else ("train_dataset",))
     prepare(fields, resume, state)
 
     with surroundings(os.path.join(output_dir, "mindformers"), arguments.register_path):
         from pangu_ms.training.run import mindformers
         mindformers.train(fields, output_dir, resume, state)
+
+
+def evaluate(fields: dict, output_dir: str, arguments: argparse.Namespace) -> None:
+    """Prints what a checkpoint's losses on held-out data are."""
+    if arguments.resume:
+        raise ConfigError("--resume: nothing is trained with run_mode eval; load_checkpoint says what is evaluated")
+    check_paths(fields, ("load_checkpoint", "pretrained_model_dir"), ("eval_dataset",))
+    with surroundings(os.path.join(output_dir, "mindformers"), arguments.register_path):
+        from pangu_ms.training.run import mindformers
+        line = mindformers.evaluate(fields, output_dir)
+    if line:
+        print(line)
 
 
 @contextlib.contextmanager
@@ -151,15 +173,20 @@ def set_option(fields: dict, option: str) -> None:
             raise ConfigError(f"{where} is no section in the file")
 
 
-def check_paths(fields: dict, checkpoints: tuple[str, ...]) -> None:
-    """`ConfigError` for what the run would read and what is not there: the keys of `checkpoints`, and our loader's.
+def check_paths(fields: dict, checkpoints: tuple[str, ...], datasets: tuple[str, ...]) -> None:
+    """`ConfigError` for what the run would read and what is not there: the keys of `checkpoints`, and our loaders' of
+    the sections `datasets`.
 
     Said here, it is said at once, and before anything could take the name for one of a model hub.
     """
     for key in checkpoints:
         if fields.get(key) and not os.path.isdir(str(fields[key])):
             raise ConfigError(f"{key}: {fields[key]}: no such directory; give one that holds a checkpoint or a run")
-    dataset = fields.get("train_dataset")
+    for section in datasets:
+        check_loader(section, fields.get(section))
+
+
+def check_loader(section: str, dataset: object) -> None:
     loader = dataset.get("data_loader") if isinstance(dataset, dict) else None
     if not isinstance(loader, dict) or loader.get("type") not in LOADERS:
         return
@@ -170,7 +197,7 @@ def check_paths(fields: dict, checkpoints: tuple[str, ...]) -> None:
         wanted += [("data_path", f"{prefix}.{ending}", "the path of .bin and .idx without these endings")
                    for _, prefix in read_data_path(loader.get("data_path")) for ending in ("bin", "idx")]
     for key, path, wanted in wanted:
-        name = f"train_dataset.data_loader.{key}"
+        name = f"{section}.data_loader.{key}"
         if not path:
             raise ConfigError(f"{name}: missing; give {wanted}")
         if not (tokenizer_file(str(path)) if key == "tokenizer" else os.path.isfile(str(path))):

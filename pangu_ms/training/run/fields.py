@@ -6,6 +6,7 @@ from pangu_ms.architectures import config_class
 from pangu_ms.checkpoint.directory import checkpoint_directory, read_config
 from pangu_ms.errors import ConfigError
 from pangu_ms.training.data import LOADERS
+from pangu_ms.training.run.held_out import read_held_out
 from pangu_ms.training.run.keys import check_keys, read_keys
 from pangu_ms.training.run.ranks import find_ranks
 from pangu_ms.training.run.schedules import check_load_optimizer, check_schedules
@@ -14,7 +15,8 @@ from pangu_ms.yaml_keys import numbers_in
 
 # A resumed run may have these otherwise: they change where things are written and computed, not what.
 FREE_KEYS = ("output_dir", "callbacks", "use_parallel", "parallel", "parallel_config", "runner_config.batch_size",
-             "runner_config.gradient_accumulation_steps")
+             "runner_config.gradient_accumulation_steps", "do_eval", "eval_dataset", "eval_dataset_task",
+             "eval_step_interval", "eval_epoch_interval", "tensorboard")
 
 
 def prepare(fields, resume=None, state=None):
@@ -43,8 +45,9 @@ def prepare(fields, resume=None, state=None):
     if fields["model"]["model_config"].get("compute_dtype") == "float16":
         raise ConfigError("model.model_config.compute_dtype: found float16, wanted bfloat16 or float32: gradients in "
                           "float16 need a scaled loss, which training here does not have")
-    if fields["run_mode"] == "finetune" and not (fields.get("load_checkpoint") or fields.get("pretrained_model_dir")):
-        raise ConfigError("run_mode: found finetune without weights; give load_checkpoint or pretrained_model_dir")
+    read_held_out(fields)
+    if fields["run_mode"] != "train" and not (fields.get("load_checkpoint") or fields.get("pretrained_model_dir")):
+        raise ConfigError(f"run_mode: found {fields['run_mode']} without weights; give load_checkpoint or pretrained_model_dir")
     return given, fields, find_ranks(fields)
 
 

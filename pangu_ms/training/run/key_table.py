@@ -30,7 +30,7 @@ from pangu_ms.yaml_keys import (
     or_none,
 )
 
-ONE, ZERO, SEED = integer(1), integer(0), integer(0, 2 ** 32 - 1)
+ONE, ZERO, INTERVAL, SEED = integer(1), integer(0), integer(-1), integer(0, 2 ** 32 - 1)
 _BETA = number("a number from 0 to below 1", least=0, most=1 - 1e-12)
 
 
@@ -55,7 +55,7 @@ CONTEXT = context_table(training=True)
 TOP = {
     "seed": Applied("of data order and initial values", SEED),
     "output_dir": Applied("log.jsonl, checkpoints/ and mindformers/ go there", TEXT),
-    "run_mode": Applied("finetune wants weights to start from", choice("train", "finetune")),
+    "run_mode": Applied("finetune and eval want weights to start from", choice("train", "finetune", "eval")),
     "use_parallel": Applied("whether msrun's processes share the run", BOOL),
     "load_checkpoint": Applied("a checkpoint or a run whose weights the run starts from", PATH),
     "pretrained_model_dir": Applied("the same, where load_checkpoint is not given", PATH),
@@ -75,16 +75,12 @@ TOP = {
     "with_stack": Applied(PROFILE + "Python's stack too", BOOL),
     "data_simplification": Applied(PROFILE + "whether raw files are removed", BOOL),
     "mstx": Applied(PROFILE + "marks of steps", BOOL),
-    # flip these when evaluation and curves are there
-    "do_eval": Refused("there is no evaluation during training", (False,)),
-    "eval_step_interval": Refused("there is no evaluation during training", (100,)),
-    "eval_epoch_interval": Refused("there is no evaluation during training", (-1,)),
-    "eval_steps": Refused("there is no evaluation during training"),
-    "eval_dataset": Refused("there is no evaluation during training", ({"data_loader": None},)),
-    "eval_dataset_task": Refused("there is no evaluation during training", ({"type": None},)),
-    "eval_callbacks": Refused("there is no evaluation during training", ([],)),
-    "metric": Refused("there is no evaluation during training", ({},)),
-    "tensorboard": Refused("curves are in log.jsonl, which tools/plot_loss.py draws", ({},)),
+    "do_eval": Applied("held-out losses while it trains, by PanguMonitor", BOOL),
+    "eval_step_interval": Applied("evaluates after so many steps; -1: not", INTERVAL),
+    "eval_epoch_interval": Applied("evaluates after so many epochs; -1: not", INTERVAL),
+    "eval_steps": Refused("give eval_dataset.num_samples"),
+    "eval_callbacks": Refused("PanguMonitor shows and logs what evaluation finds", ([],)),
+    "metric": Refused("held-out losses and the perplexity are what is told", ({},)),
     "monitor_config": Refused("norms and losses are in log.jsonl", ({
         "monitor_on": False, "dump_path": "./dump", "target": None, "invert": False, "step_interval": 1,
         "local_loss_format": None, "local_norm_format": None, "device_local_norm_format": None,
@@ -241,6 +237,15 @@ DATASET = {
     "token_monitor": Refused("tokens are not counted", (False,)),
 }
 
+HELD_OUT = {
+    "data_loader": DATASET["data_loader"],
+    "input_columns": DATASET["input_columns"],
+    "num_samples": Applied("sequences at most", or_none(ONE)),
+    "drop_remainder": Refused("all sequences are evaluated", (False,)),
+    "batch_size": DATASET["batch_size"],
+    "repeat": Refused("they are evaluated once", (1,)),
+}
+
 TASK = {"CausalLanguageModelDataset": {"dataset_config": Applied("train_dataset itself, by a YAML alias",
                                                                  or_none(MAPPING))}}
 
@@ -305,7 +310,8 @@ WRAPPERS = {"PanguTrainStep": CLIP, **dict.fromkeys(
 
 OUTPUTS = "it would take the numbers of a PanguTrainStep for others; take PanguMonitor"
 CALLBACKS = {
-    "PanguMonitor": {},
+    "PanguMonitor": {"device": Applied("a name of `tools/estimate.py --device`, for the share of its peak",
+                                       or_none(TEXT))},
     "PanguCheckpoint": {"save_checkpoint_steps": Applied("a checkpoint after so many steps", ONE),
                         "keep_checkpoint_max": Applied("how many of the newest stay", ONE),
                         "async_save": Applied("a thread writes while training goes on", BOOL)},
@@ -331,6 +337,12 @@ CALLBACKS = {
     "StressTestModelMonitor": Refused("it starts a run of MindFormers' own beside this one; leave it out"),
 }
 
+CURVES = {"tensorboard_dir": Applied("where event files go", or_none(TEXT), needed=True),
+          "tensorboard_queue_size": Applied("numbers that are written at once", ONE),
+          "log_timers_to_tensorboard": Applied("seconds and speeds too", BOOL),
+          "log_expert_load_to_tensorboard": Applied("the balance of experts too", BOOL),
+          "log_loss_scale_to_tensorboard": Refused("no loss is scaled", (False,))}
+
 # The first sentence about each attribute.
 _SAID = {name: " ".join(said.split()).split(". ")[0].removesuffix(".") for name, said in
          re.findall(r"^    (\w+): (.+?)(?=\n    \w|\n\n)", inspect.getdoc(TrainingSettings) or "", re.M | re.S)}
@@ -345,6 +357,9 @@ KEYS = TOP | {
     "recompute_config": Section("memory for time", RECOMPUTE),
     "model": Section("the network", MODEL),
     "train_dataset": Section("the data", DATASET),
+    "eval_dataset": Section("held-out data", HELD_OUT),
+    "eval_dataset_task": Section("MindFormers' data pipeline", types=TASK),
+    "tensorboard": Section("curves, of every number of log.jsonl", CURVES),
     "train_dataset_task": Section("MindFormers' data pipeline", types=TASK),
     "optimizer": Section("the optimizer", {"learning_rate": THE_RATE}, types=OPTIMIZERS),
     "lr_schedule": Section("the learning rate", {"warmup_epochs": Refused(

@@ -17,10 +17,11 @@ def read_keys(fields: dict) -> dict:
         ConfigError: the first key that is unknown, without an effect, or of a value that cannot be.
     """
     read = read_section("", fields, KEYS)
-    given = (fields.get("train_dataset_task") or {}).get("dataset_config")
-    if given not in (None, fields.get("train_dataset")):
-        raise ConfigError("train_dataset_task.dataset_config: found other keys than those of train_dataset, which "
-                          "MindFormers puts there; leave it out")
+    for section in ("train_dataset", "eval_dataset"):
+        given = (fields.get(f"{section}_task") or {}).get("dataset_config")
+        if given not in (None, fields.get(section)):
+            raise ConfigError(f"{section}_task.dataset_config: found other keys than those of {section}, which "
+                              "MindFormers puts there; leave it out")
     return read
 
 
@@ -54,6 +55,9 @@ def _check_parts(fields):
     if ours and wrapper != "PanguTrainStep":
         raise ConfigError(f"runner_wrapper.type: found {wrapper}, but callbacks name {min(ours)}, which reads what "
                           "PanguTrainStep gives; take that or other callbacks")
+    for key in ("do_eval", "tensorboard"):
+        if fields.get(key) and "PanguMonitor" not in ours:
+            raise ConfigError(f"{key}: callbacks do not name PanguMonitor, which does what it asks; add it")
 
 
 def _check_steps(fields):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import mindspore as ms
 import numpy as np
 from mindformers import Trainer, build_context
+from mindformers.dataset.dataloader.build_dataloader import build_dataset_loader
 from mindformers.models import PretrainedConfig, PreTrainedModel
 from mindformers.parallel_core.utils.model_mixin import ModelMixin, TrainModelMixin
 from mindformers.tools.register import MindFormerConfig, MindFormerModuleType, MindFormerRegister
@@ -30,13 +31,16 @@ from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.pretrained import PanguForCausalLM
 from pangu_ms.training.data import LOADERS
 from pangu_ms.training.data.loader import Epochs, PanguIndexedLoader, PanguJsonlLoader, source_of
+from pangu_ms.training.data.packing import COLUMNS
 from pangu_ms.training.data.ramp import ramped
 from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run
+from pangu_ms.training.run.evaluation import Evaluation, forward_objective, report
 from pangu_ms.training.run.fields import prepare
+from pangu_ms.training.run.held_out import read_held_out
 from pangu_ms.training.run.restore import begin_stage, restore
 from pangu_ms.training.run.schedules import check_total_steps
 from pangu_ms.training.step import TrainStep
@@ -146,8 +150,8 @@ class PanguTrainStep(TrainStep):
         columns = [np.split(column.asnumpy(), self.accumulation) for column in batch]
         outputs = [super(PanguTrainStep, self).__call__(*(ms.Tensor(column) for column in part))
                    for part in zip(*columns)]
-        total, parts, norm, load = ([output.asnumpy() for output in outputs] for outputs in zip(*outputs))
-        means = np.mean(total), np.mean(parts, 0), norm[-1], np.sum(load, 0)
+        total, parts, norm, load, squares = ([output.asnumpy() for output in outputs] for outputs in zip(*outputs))
+        means = np.mean(total), np.mean(parts, 0), norm[-1], np.sum(load, 0), squares[-1]
         return tuple(ms.Tensor(values, ms.float32) for values in means)
 
 
@@ -275,12 +279,15 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         return sorted(super().sort_callbacks(default_callbacks), key=lambda each: isinstance(each, PanguCheckpoint))
 
     def create_model_wrapper(self, network, optimizer):
-        """In a resumed run the step gets every parameter back, in a new stage all but the count of steps."""
+        """In a resumed run the step gets every parameter back, in a new stage all but the count of steps. Evaluation in
+        training is ours, see `PanguMonitor`."""
         step = super().create_model_wrapper(network, optimizer)
         if self.resume:
             restore(step, self.resume, self.ranks)
         elif self.load_optimizer:
             begin_stage(step, self.weights, self.ranks)
+        if self.run.held_out:
+            self.run.evaluation = make_evaluation(self.run.held_out, step.causal_lm)
         return step
 
 
@@ -304,7 +311,8 @@ def train(fields, output_dir, resume=None, state=None):
     run = Run(output_dir, given, fields["seed"], steps=0, start=state.step if state else 0, sequences_per_step=0,
               sequences=state.sequences if state else 0,
               tokenizer=fields["train_dataset"]["data_loader"].get("tokenizer"), batch_ramp=settings.batch_ramp,
-              skip_nonfinite=settings.skip_nonfinite)
+              skip_nonfinite=settings.skip_nonfinite, epochs=fields["runner_config"].get("epochs", 1),
+              held_out=read_held_out(fields), tensorboard=fields.get("tensorboard"))
     config = mindformers_config(copy.deepcopy(fields), output_dir)
     weights = fields.get("load_checkpoint") or fields.get("pretrained_model_dir")
     build_context(config)
@@ -315,6 +323,30 @@ def train(fields, output_dir, resume=None, state=None):
         config.train_dataset.data_loader.tensor_parallel = ranks.tensor
     run.rank = get_real_rank()
     Trainer(config).train()
+
+
+def evaluate(fields, output_dir):
+    """Evaluates `load_checkpoint` on `eval_dataset`: writes eval.json in `output_dir` and returns a line that says what
+    is in it; None on all ranks but the first.
+
+    Raises:
+        PanguError: as `train`, and when the file names no checkpoint.
+    """
+    _, fields, ranks = prepare(fields)
+    check_device(fields)
+    weights = fields.get("load_checkpoint") or fields.get("pretrained_model_dir")
+    config = mindformers_config(copy.deepcopy(fields) | {"run_mode": "train"}, output_dir)
+    build_context(config)
+    ranks = collectives.start(ranks)
+    model = load(weights, PanguModelConfig(**fields["model"]["model_config"]).fields, ranks)
+    return report(make_evaluation(read_held_out(fields), model), weights, output_dir)
+
+
+def make_evaluation(held_out, causal_lm):
+    """The `Evaluation` of a model as a `HeldOut` says; every rank reads all of its data."""
+    dataset = build_dataset_loader(MindFormerConfig(**held_out.loader)).project(COLUMNS)
+    return Evaluation(forward_objective(causal_lm), held_out, causal_lm.config.vocab_size,
+                      lambda: dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
 
 
 def check_device(fields):
@@ -328,6 +360,9 @@ def mindformers_config(fields, output_dir):
     """What MindFormers reads of a file, with the keys changed that would set something of its own going."""
     fields |= {"use_legacy": False, "output_dir": os.path.join(output_dir, "mindformers"), "load_checkpoint": "",
                "pretrained_model_dir": ""}
+    for name in ("do_eval", "eval_dataset", "eval_dataset_task", "eval_step_interval", "eval_epoch_interval",
+                 "tensorboard"):
+        fields.pop(name, None)                                                  # ours, see `Run`
     fields["parallel"] = {**(fields.get("parallel") or {}), "parallel_mode": 0}  # theirs divides graphs
     callbacks = fields.pop("callbacks")
     ConfigTemplate.apply_template(fields)

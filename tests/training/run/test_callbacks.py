@@ -16,8 +16,16 @@ from pangu_ms.parallel.ranks import Ranks
 from pangu_ms.training.by_step import ByStep
 from pangu_ms.training.run import callbacks
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run
+from pangu_ms.training.run.held_out import HeldOut
+from pangu_ms.training.run.keys import read_keys
 
 PARTS = ("lm", "mtp_1")
+
+
+@pytest.fixture(autouse=True)
+def measures(monkeypatch):
+    """tests/training/run/test_measures.py has the numbers that come from here."""
+    monkeypatch.setattr(callbacks, "Measures", lambda network, device: lambda outputs, length, rate: {"tflops": 0.5})
 
 
 class Source:
@@ -37,6 +45,7 @@ class Training:
                                           train_dataset_element=(ms.Tensor(np.zeros((2, 5), np.int32)),))
         self.context = SimpleNamespace(original_args=lambda: self.parameters)
         self.outputs, self.steps, self.start = outputs, steps, start
+        self.run.held_out, self.run.evaluation = HeldOut({}, step_interval=2), Evaluation()
 
     def __call__(self, *called):
         try:
@@ -55,8 +64,16 @@ class Training:
                 callback.__exit__(*sys.exc_info())
 
 
+class Evaluation:
+    sequences, tokens = 3, 12
+
+    def __call__(self):
+        return {"lm": 1.5, "perplexity": 4.5}
+
+
 def outputs(step, **broken):
-    values = {"total": 8.0 / step, "parts": [4.0 / step, 2.0], "norm": 0.25, "load": [[1, 3], [2, 2]]} | broken
+    values = {"total": 8.0 / step, "parts": [4.0 / step, 2.0], "norm": 0.25, "load": [[1, 3], [2, 2]],
+              "squares": [0.0625]} | broken
     return tuple(ms.Tensor(np.array(value, np.float32)) for value in values.values())
 
 
@@ -67,11 +84,92 @@ def read_log(directory):
 def test_a_line_for_each_step(tmp_path):
     Training(tmp_path, outputs, 2, rate=ms.Tensor(0.5))(PanguMonitor())
     first, second = read_log(tmp_path)
-    timing = {name: first.pop(name) for name in ("seconds", "tokens_per_second")}
-    assert timing["tokens_per_second"] == pytest.approx(10 / timing["seconds"])
+    timing = {name: first.pop(name) for name in ("seconds", "seconds/data", "tokens_per_second", "tflops")}
+    assert timing["tokens_per_second"] == pytest.approx(10 / timing["seconds"]) and timing["tflops"] == 0.5
     assert first == {"step": 1, "loss": 8.0, "lm": 4.0, "mtp_1": 2.0, "grad_norm": 0.25, "expert_balance": 1.5,
                      "learning_rate": 0.5}
     assert (second["step"], second["loss"]) == (2, 4.0)
+
+
+def test_an_evaluation_is_in_the_line_of_its_step(tmp_path, capsys):
+    """Every second step, and the last one."""
+    Training(tmp_path, outputs, 5, rate=ms.Tensor(0.5))(PanguMonitor())
+    lines = read_log(tmp_path)
+    assert [line["step"] for line in lines if "eval/lm" in line] == [2, 4, 5]
+    assert (lines[1]["eval/lm"], lines[1]["eval/perplexity"]) == (1.5, 4.5) and lines[1]["seconds/evaluation"] >= 0
+    assert "step 2: held-out lm 1.5000 perplexity 4.5000 (3 sequences, 12 tokens)\n" in capsys.readouterr().err
+
+
+def test_seconds_are_those_of_the_step_alone(tmp_path, monkeypatch):
+    """Whatever the order of the callbacks; a checkpoint's are in the line of the step that waited for it."""
+    clock = iter(range(1000))
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(PanguCheckpoint, "_save", lambda self, network, step: [next(clock) for _ in range(20)])
+    for name, order in (("after", 1), ("before", -1)):
+        Training(tmp_path / name, outputs, 3, rate=ms.Tensor(0.5))(
+            *[PanguMonitor(), PanguCheckpoint(save_checkpoint_steps=2)][::order])
+        first, second, third = read_log(tmp_path / name)
+        assert all(line["seconds"] < 5 and line["seconds/data"] < 5 for line in (first, second, third))
+        saved = (second, third) if order < 0 else (third,)
+        assert [line.get("seconds/checkpoint") for line in saved] == [21.0] * len(saved)
+        assert "seconds/checkpoint" not in first
+
+
+def test_without_a_terminal_a_line_tells_now_and_then(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+
+    def slowly(step):
+        now[0] += 10
+        return outputs(step)
+    Training(tmp_path, slowly, 9, rate=ms.Tensor(0.5))(PanguMonitor())
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ") and " of 9: " in line]
+    assert [line.split()[1] for line in said] == ["2", "6", "9"]
+    assert said[0] == ("step 2 of 9: loss 4.000 lm 2.000 mtp_1 2.000 lr 5.00e-01 norm 0.25 balance 1.50 1 tok/s, "
+                       "01:10 left")
+
+
+def events(directory):
+    """What TensorBoard reads: {tag: [(step, value), ...]}, and the first event that says where a run went on."""
+    from tensorboardX.proto.event_pb2 import Event
+    found, begun = {}, []
+    for path in sorted(directory.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        content = path.read_bytes()
+        while content:                                                          # length, its checksum, event, checksum
+            length = int.from_bytes(content[:8], "little")
+            event, content = Event.FromString(content[12:12 + length]), content[16 + length:]
+            begun += [event.step] * (event.session_log.status == 1)
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return found, begun
+
+
+def test_tensorboard_gets_every_number_of_a_line(tmp_path):
+    def train(steps, start, **section):
+        training = Training(tmp_path, outputs, steps, start, ms.Tensor(0.5))
+        training.run.tensorboard = {"tensorboard_dir": str(tmp_path / "curves"), **section}
+        training(PanguMonitor())
+    train(3, 0)
+    found, _ = events(tmp_path / "curves" / "rank_0")
+    assert found["loss"] == [(1, 8), (2, 4), (3, pytest.approx(8 / 3))] and found["eval/lm"] == [(2, 1.5), (3, 1.5)]
+    assert found.keys() == {name for line in read_log(tmp_path) for name in line} - {"step"}
+    train(3, 2, log_timers_to_tensorboard=False, log_expert_load_to_tensorboard=False)
+    again, begun = events(tmp_path / "curves" / "rank_0")
+    assert begun == [3] and len(again["loss"]) == 4                             # the first run's step 3 is not shown
+    assert all(again[name] == found[name] for name in ("seconds", "tflops", "expert_balance"))
+
+
+@pytest.mark.parametrize("section, message", [
+    ("runs", "tensorboard: found 'runs', wanted a section"),
+    ({"tensorboard_directory": "runs"}, "tensorboard.tensorboard_directory: no such key; did you mean tensorboard_dir"),
+    ({"tensorboard_dir": 3}, "tensorboard_dir: found 3, wanted text"),
+    ({"tensorboard_dir": "x", "tensorboard_queue_size": 0}, "tensorboard_queue_size: found 0, wanted an integer of at least 1"),
+    ({"log_timers_to_tensorboard": 1}, "log_timers_to_tensorboard: found 1, wanted True or False"),
+    ({"log_loss_scale_to_tensorboard": True}, "log_loss_scale_to_tensorboard: found True, wanted False: no loss is"),
+])
+def test_wrong_keys_of_tensorboard(section, message):
+    with pytest.raises(PanguError, match=message):
+        read_keys({"tensorboard": section})
 
 
 def test_the_rate_of_a_step_is_what_the_optimizer_used(tmp_path):

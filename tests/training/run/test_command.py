@@ -21,7 +21,11 @@ def train(monkeypatch):
     def record(*arguments):
         print("MindFormers logs")
         called.arguments, called.environment, called.path = arguments, dict(os.environ), list(sys.path)
-    module = SimpleNamespace(train=record)
+
+    def evaluate(*arguments):
+        record(*arguments)
+        return "held-out lm 1.5"
+    module = SimpleNamespace(train=record, evaluate=evaluate)
     monkeypatch.setitem(sys.modules, "pangu_ms.training.run.mindformers", module)
     monkeypatch.setattr(pangu_ms.training.run, "mindformers", module, raising=False)
     monkeypatch.setattr(command, "prepare", lambda *_: None)
@@ -112,7 +116,7 @@ def test_resume_says_that_there_is_nothing_to_resume(train, config, capsys):
     ("a: [", [], "run.yaml: not YAML: "),
     ("- a", [], "run.yaml: holds a list, wanted sections such as model:"),
     ("base_config: a.yaml", [], "base_config is not supported"),
-    ("run_mode: predict", [], "run_mode is 'predict', wanted train or finetune; pangu-generate --config"),
+    ("run_mode: predict", [], "run_mode is 'predict', wanted train, finetune or eval; pangu-generate --config"),
     ("a: 1", ["--options", "a"], "--options a: wanted key=value"),
     ("a: 1", ["--options", "a=["], "--options a=[: '[' is no YAML value"),
     ("a: 1", ["--options", "a=2001-99-99"], "'2001-99-99' is no YAML value"),
@@ -146,6 +150,8 @@ INDEXED = "train_dataset: {{data_loader: {{type: PanguIndexedLoader, data_path: 
     (LOADER.format("run.yaml", "some/hub"), "train_dataset.data_loader.tokenizer: some/hub: is not there; give a "
                                             "directory with tokenizer.json or tokenizer.model"),
     (LOADER.format("run.yaml", "own"), "train_dataset.data_loader.tokenizer: own: holds none; give a directory with"),
+    ("do_eval: True\n" + LOADER.format("none", "own").replace("train_", "eval_"),
+     "eval_dataset.data_loader.path: none: is not there"),
     (LOADER.format("run.yaml", "''"), "train_dataset.data_loader.tokenizer: missing; give a directory with"),
     (INDEXED.format("none"), "data_loader.data_path: none.bin: is not there; give the path of .bin and .idx without"),
     (INDEXED.format("[1, known/c, 2, known/d]"), "data_loader.data_path: known/d.bin: is not there; give the path of"),
@@ -177,6 +183,14 @@ def test_another_run_is_not_written_over(train, config, tmp_path, there, capsys)
         checkpoint(tmp_path, 5)
     assert command.main(["--config", str(config)]) == 2
     assert "out: holds another run; go on with it by --resume" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_evaluated_where_a_run_is(train, config, tmp_path, capsys):
+    checkpoint(tmp_path, 5)
+    assert command.main(["--config", str(config), "--run_mode", "eval", "--options", "load_checkpoint=out"]) == 0
+    assert train.arguments[1] == str(tmp_path / "out") and capsys.readouterr().out == "held-out lm 1.5\n"
+    assert command.main(["--config", str(config), "--run_mode", "eval", "--resume"]) == 2
+    assert "--resume: nothing is trained with run_mode eval" in capsys.readouterr().err
 
 
 def test_ctrl_c(train, config, monkeypatch, capsys):

@@ -66,7 +66,8 @@ def changed(**values):
     ({"runner_config__epochs": 1.5}, "runner_config.epochs: found 1.5, wanted an integer of at least 1"),
     ({"runner_config__epochs": "2"}, "runner_config.epochs: found '2', wanted an integer"),
     ({"seed": "one"}, "seed: found 'one', wanted an integer from 0 to 4294967295"),
-    ({"run_mode": "eval"}, "run_mode: found 'eval', wanted 'train' or 'finetune'"),
+    ({"run_mode": "evaluate"}, "run_mode: found 'evaluate', wanted 'train' or 'finetune' or 'eval'"),
+    ({"run_mode": "eval"}, "run_mode: found eval without weights; give load_checkpoint"),
     ({"optimizer__adamw_betas": [0.9]}, "optimizer.adamw_betas: found .0.9., wanted two numbers"),
     ({"optimizer__ns_coefficients": [[1, 2]]}, "optimizer.ns_coefficients: found .* wanted a list of steps"),
     ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay: found -0.1, wanted a number of at least 0"),
@@ -302,7 +303,7 @@ READERS = {
                     "dataset/causal_language_model_dataset.py"),
     "mindspore": ("context.py",),
     "pangu_ms": ("training/run/fields.py", "training/run/ranks.py", "training/run/keys.py",
-                 "training/run/mindformers.py", "training/run/command.py"),
+                 "training/run/mindformers.py", "training/run/command.py", "training/run/tensorboard.py"),
 }
 
 

@@ -1,14 +1,18 @@
 """What MindFormers sees of this package. Importing it takes seconds, so these tests share one process."""
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import ops
 
 from pangu_ms.architectures.openpangu_v2 import PanguConfig
 from pangu_ms.errors import PanguError
+from pangu_ms.parallel.ranks import Ranks
+from pangu_ms.text.tokenizer import Tokenizer
 from pangu_ms.training.data import loader as loader_module
 from pangu_ms.training.data.packing import Sequence
 from pangu_ms.training.run.fields import complete
@@ -47,6 +51,11 @@ def changed(**values):
     ({"runner_wrapper": {"type": "MFTrainOneStepCell"}}, "runner_wrapper.type: found MFTrainOneStepCell, wanted P"),
     ({"runner_wrapper": {"type": "Mine", "auto_register": "mine.Mine"}}, "found Mine, but callbacks name PanguChe"),
     ({"lr_schedule__warmup_epochs": 1}, "warmup_epochs: .*give warmup_steps or warmup_ratio"),
+    ({"do_eval": True, "callbacks": [{"type": "PanguCheckpoint"}]}, "do_eval: callbacks do not name PanguMonitor"),
+    ({"tensorboard": {"tensorbord_dir": "x"}}, "tensorboard.tensorbord_dir: no such key; did you mean tensorboard_dir?"),
+    ({"eval_dataset__data_loader__seq_len": 1}, "eval_dataset.data_loader.seq_len: .*did you mean seq_length?"),
+    ({"eval_step_interval": "all"}, "eval_step_interval: found 'all', wanted an integer of at least -1"),
+    ({"callbacks__0__devise": "x"}, "callbacks.PanguMonitor.devise: no such key; did you mean device?"),
     ({"optimizer": None}, "optimizer: found None, wanted a section"),
     ({"run_mode": "finetune"}, "run_mode: found finetune without weights"),
     ({"model__model_config__compute_dtype": "float16"}, "compute_dtype: found float16, wanted bfloat16 or float32"),
@@ -106,22 +115,22 @@ def test_a_run_stands_for_its_newest_checkpoint(mindformers, data, tmp_path):
 
 
 def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
-    """Losses are the mean over its parts, the load their sum, and the norm that of the last, which has updated."""
+    """Losses are the mean over its parts, the load their sum; norm and squares are the last one's, which updates."""
     calls = []
 
     def once(self, ids, mask):
         calls.append((ids.asnumpy().tolist(), mask.asnumpy().tolist()))
         n = len(calls)
-        return tuple(ms.Tensor(np.array(v, np.float32)) for v in (n, [n, 2 * n], 7 * (n == 2), [[n, 1]]))
+        return tuple(ms.Tensor(np.array(v, np.float32)) for v in (n, [n, 2 * n], 7 * (n == 2), [[n, 1]], [n]))
 
     monkeypatch.setattr(mindformers.TrainStep, "__call__", once)
     step = mindformers.PanguTrainStep.__new__(mindformers.PanguTrainStep)
     for name, value in (("accumulates", True), ("sequences", 2)):
         object.__setattr__(step, name, value)
     batch = (ms.Tensor(np.arange(4, dtype=np.int32)), ms.Tensor(np.ones(4, np.float32)))
-    total, parts, norm, load = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
+    total, parts, norm, load, squares = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
     assert calls == [([0, 1], [1, 1]), ([2, 3], [1, 1])]
-    assert (total, parts, norm, load) == (1.5, [1.5, 3.0], 7.0, [[3.0, 2.0]])
+    assert (total, parts, norm, load, squares) == (1.5, [1.5, 3.0], 7.0, [[3.0, 2.0]], [2.0])
 
 
 def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
@@ -159,6 +168,33 @@ def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
         mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="books")
     mindformers.PanguJsonlLoader("c.jsonl", "t", 4, documents="chats", min_document_length=2, max_document_length=9)
     assert seen[-1] == (documents, 4, 0, 2, 9)
+
+
+def test_a_checkpoint_is_evaluated_on_the_data_of_the_file(mindformers, data, tokenizer_directory, jsonl, tmp_path,
+                                                          monkeypatch):
+    """The model is stood in for by its objective: the loss of a token is its id."""
+    class Objective(ms.nn.Cell):
+        part_names, causal_lm = ("lm",), SimpleNamespace(ranks=Ranks())
+
+        def construct(self, input_ids, labels, loss_mask, position_ids):
+            lm = ops.sum(ops.cast(labels, ms.float32) * loss_mask) / ops.maximum(ops.sum(loss_mask), 1.0)
+            return lm, ops.stack((lm,)), ops.zeros((0, 1), ms.float32)
+
+    loaded = SimpleNamespace(config=SimpleNamespace(vocab_size=300))
+    monkeypatch.setattr(mindformers, "build_context", lambda config: None)
+    monkeypatch.setattr(mindformers, "load", lambda directory, fields, ranks: loaded)
+    monkeypatch.setattr(mindformers, "forward_objective", lambda model: Objective())
+    text = "the user " * 9
+    loader = {"path": str(jsonl([{"text": text}])), "tokenizer": str(tokenizer_directory), "seq_length": 7}
+    fields = changed(run_mode="eval", load_checkpoint=str(data / "tiny"), model={"model_config": {}})
+    fields["eval_dataset"]["data_loader"] |= loader
+    line = mindformers.evaluate(fields, str(tmp_path))
+    ids = [*Tokenizer(tokenizer_directory).encode(text), 277]
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert (found["lm"], found["tokens"]) == (pytest.approx(np.mean(ids[1:]), rel=1e-6), len(ids) - 1)
+    assert found["sequences"] == -(-len(ids) // 7) > 4 and line.startswith(f"{data / 'tiny'}: held-out lm ")
+    with pytest.raises(PanguError, match="run_mode: found eval without weights; give load_checkpoint"):
+        mindformers.evaluate(changed(run_mode="eval"), str(tmp_path))
 
 
 @pytest.mark.slow

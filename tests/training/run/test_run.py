@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 STEPS = 40
-TIMING = ("seconds", "tokens_per_second")
+TIMING = ("seconds", "tokens_per_second", "tflops")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def directory(tmp_path_factory, one_layer):
     fields = read_yaml(str(ROOT / "configs" / "openpangu_v2" / "pretrain_toy_cpu.yaml"))
     fields["model"]["model_config"] = one_layer
     fields["train_dataset"]["data_loader"].update(path="texts.jsonl", tokenizer="tokenizer", seq_length=24)
+    fields["eval_dataset"]["data_loader"].update(path="texts.jsonl", tokenizer="tokenizer", seq_length=24)
     fields["runner_config"].update(epochs=3, batch_size=4)
     fields["callbacks"][1].update(save_checkpoint_steps=3)
     fields["lr_schedule"]["total_steps"] = STEPS
@@ -65,7 +66,7 @@ def run(directory, *options, same_graph=False):
 
 def read_log(directory, name):
     lines = [json.loads(line) for line in (directory / name / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(TIMING)} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_a_finished_run_says_so(directory, whole):
 
 def test_weights_go_on_into_another_run(directory, whole):
     """finetune from a run: its newest checkpoint, which MindFormers' own AdamW trains further on columns that its own
-    loader reads from a MindRecord file, each step in two halves."""
+    loader reads from a MindRecord file, each step in two halves. Its loss on the texts is evaluated, too."""
     from mindspore.mindrecord import FileWriter
     writer = FileWriter(str(directory / "whole" / "data.mindrecord"), overwrite=True)
     writer.add_schema({name: {"type": "float32" if name == "loss_mask" else "int32", "shape": [24]}
@@ -146,8 +147,11 @@ def test_weights_go_on_into_another_run(directory, whole):
     run(directory, "--run_mode", "finetune", "--options", "output_dir=further", "load_checkpoint=whole",
         "optimizer={type: AdamW, betas: [0.9, 0.95], eps: 1.e-8, weight_decay: 0.1}",
         "train_dataset.data_loader={type: MindDataset, dataset_dir: whole/data.mindrecord, shuffle: false}",
-        "runner_config.batch_size=2", "runner_config.gradient_accumulation_steps=2")
+        "runner_config.batch_size=2", "runner_config.gradient_accumulation_steps=2", "do_eval=True",
+        "eval_step_interval=5")
     further = read_log(directory, "further")
     assert len(further) == 3 * 10 // 4 - 1  # each epoch drops its remainder
     assert further[0]["lm"] < 0.9 * whole[0]["lm"]
     assert np.mean([line["lm"] for line in further[-2:]]) < further[0]["lm"]
+    evaluated = {line["step"]: line["eval/lm"] for line in further if "eval/lm" in line}
+    assert list(evaluated) == [5, 6] and evaluated[6] == pytest.approx(whole[-1]["lm"], rel=0.2)
