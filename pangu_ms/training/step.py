@@ -6,10 +6,12 @@ from mindspore import nn, ops
 
 from pangu_ms.architectures.tensors import parameters
 from pangu_ms.parallel import collectives
+from pangu_ms.training.optimizer.qk_clip import LargestOfRanks, QKClip
 
 
 class Gradients(nn.Cell):
-    """A batch -> what the objective gives, then the gradients of `weights`; of all ranks' sequences together."""
+    """A batch -> total, parts, load, the gradients of `weights`, and the largest logits where the objective gives them;
+    of all ranks' sequences together."""
 
     def __init__(self, objective, weights):
         super().__init__(auto_prefix=False)
@@ -17,11 +19,15 @@ class Gradients(nn.Cell):
         self.value_and_grad = ms.value_and_grad(objective, None, weights, has_aux=True)
         ranks = objective.causal_lm.ranks
         self.mean = BatchMean(ranks, _tensors(objective, weights)) if ranks.batch > 1 else None
+        self.largest = LargestOfRanks(ranks) if objective.largest_logits else None
 
     def construct(self, *batch):
-        (total, parts, load), gradients = self.value_and_grad(*batch)
+        outputs, gradients = self.value_and_grad(*batch)
+        total, parts, load = outputs[0], outputs[1], outputs[2]
         if self.mean is not None:
             total, parts, load, gradients = self.mean(total, parts, load, gradients)
+        if self.largest is not None:
+            return total, parts, load, gradients, self.largest(outputs[3])
         return total, parts, load, gradients
 
 
@@ -64,7 +70,8 @@ class ModelSum(nn.Cell):
 
 
 class Update(nn.Cell):
-    """Gradients and load [M, E] of a step -> the parameters are changed; the gradients' norm before clipping."""
+    """Gradients and load [M, E] of a step, and the largest logits [L, heads] if its objective gives them -> the
+    parameters are changed; the gradients' norm before clipping."""
 
     def __init__(self, objective, optimizer, max_grad_norm, bias_update_rate):
         super().__init__(auto_prefix=False)
@@ -77,12 +84,17 @@ class Update(nn.Cell):
         self.bias_rate = bias_update_rate if objective.biased else 0.0
         self.biases = ms.ParameterTuple([causal_lm.model.layers[i].mlp.e_score_correction_bias
                                          for i in objective.moe_layers if objective.biased])
+        self.qk_clip = None
+        if objective.largest_logits:
+            self.qk_clip = QKClip(objective.qk_clip_threshold, objective.layers, optimizer, causal_lm.ranks)
 
-    def construct(self, gradients, load):
+    def construct(self, gradients, load, largest=None):
         norm = ops.sqrt(self.sum(ops.stack(self.each(_sum_of_squares, gradients))))
         if self.max_norm is not None:
             gradients = self.each(ops.partial(_scale, self.max_norm / ops.maximum(norm, self.max_norm)), gradients)
         norm = ops.depend(norm, self.optimizer(gradients))
+        if self.qk_clip is not None:
+            norm = ops.depend(norm, self.qk_clip(ops.depend(largest, norm)))
         if self.bias_rate > 0:
             step = self.bias_rate * ops.sign(ops.mean(load, -1, keep_dims=True) - load)
             for i, bias in enumerate(self.biases):
@@ -91,7 +103,8 @@ class Update(nn.Cell):
 
 
 class TrainStep(nn.Cell):
-    """`step(*batch)` -> total, parts [P], gradient norm, load [M, E].
+    """`step(*batch)` -> total, parts [P], gradient norm, load [M, E], and where the objective gives them the largest
+    logits [L, heads].
 
     With accumulation > 1 the parameters change at every accumulation-th call, by the mean of the gradients since the
     last change; the other calls give a norm of 0. Everything else is of the call's own batch.
@@ -110,7 +123,7 @@ class TrainStep(nn.Cell):
         self.accumulation, self.calls = accumulation, 0
         if accumulation > 1:
             self.sums = optimizer.parameters.clone("accumulated", "zeros")
-            self.load_sum = None
+            self.load_sum, self.largest = None, []
             self.add, self.flush = Accumulate(self.gradients, self.sums), Flush(self.update, self.sums, accumulation)
         self.set_train(True)
 
@@ -127,19 +140,23 @@ class TrainStep(nn.Cell):
         return self.update.optimizer
 
     def construct(self, *batch):
-        total, parts, load, gradients = self.gradients(*batch)
+        outputs = self.gradients(*batch)
+        total, parts, load, gradients = outputs[0], outputs[1], outputs[2], outputs[3]
+        if self.gradients.largest is not None:
+            return total, parts, self.update(gradients, load, outputs[4]), load, outputs[4]
         return total, parts, self.update(gradients, load), load
 
     def __call__(self, *batch):
         if self.accumulation == 1:
             return super().__call__(*batch)
-        total, parts, load = self.add(*batch)
+        total, parts, load, *largest = self.add(*batch)
         self.load_sum = load if self.load_sum is None else self.load_sum + load
+        self.largest = [ops.maximum(*both) for both in zip(self.largest, largest)] or largest
         self.calls += 1
         if self.calls % self.accumulation:
-            return total, parts, ms.Tensor(0.0, ms.float32), load
-        norm, self.load_sum = self.flush(self.load_sum), None
-        return total, parts, norm, load
+            return total, parts, ms.Tensor(0.0, ms.float32), load, *largest
+        norm, self.load_sum, self.largest = self.flush(self.load_sum, *self.largest), None, []
+        return total, parts, norm, load, *largest
 
 
 class Accumulate(nn.Cell):
@@ -150,8 +167,12 @@ class Accumulate(nn.Cell):
         self.gradients, self.sums, self.each = gradients, sums, ops.Map()
 
     def construct(self, *batch):
-        total, parts, load, gradients = self.gradients(*batch)
-        return ops.depend(total, self.each(ops.assign_add, self.sums, gradients)), parts, load
+        outputs = self.gradients(*batch)
+        parts, load = outputs[1], outputs[2]
+        total = ops.depend(outputs[0], self.each(ops.assign_add, self.sums, outputs[3]))
+        if self.gradients.largest is not None:
+            return total, parts, load, outputs[4]
+        return total, parts, load
 
 
 class Flush(nn.Cell):
@@ -161,8 +182,8 @@ class Flush(nn.Cell):
         super().__init__(auto_prefix=False)
         self.update, self.sums, self.share, self.each = update, sums, 1 / count, ops.Map()
 
-    def construct(self, load):
-        norm = self.update(self.each(ops.partial(_scale, ms.Tensor(self.share, ms.float32)), self.sums), load)
+    def construct(self, load, largest=None):
+        norm = self.update(self.each(ops.partial(_scale, ms.Tensor(self.share, ms.float32)), self.sums), load, largest)
         return ops.depend(norm, self.each(_clear, ops.depend(self.sums, norm)))
 
 

@@ -29,6 +29,8 @@ class TrainingSettings:
             come down. "depth_scaled": the weights of Pangu Ultra 135B, which fall with the number of layers.
         initializer: "normal": projections have the model's initializer_range, experts moe_init_std. "tiny": all linear
             maps have the standard deviation of Pangu Ultra 135B, which falls with width and number of layers.
+        qk_clip_threshold: heads with a larger attention logit get smaller query and key weights. 0: logits are not
+            looked at.
 
     Raises:
         ConfigError: a value that is out of its range.
@@ -43,6 +45,7 @@ class TrainingSettings:
     moe_init_std: float = 0.00206
     post_norm_init: float | str = 1.0
     initializer: str = NORMAL
+    qk_clip_threshold: float = 0.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
