@@ -32,7 +32,7 @@ ARROWS = {
     "text": "architectures errors",
     "pretrained": "architectures checkpoint device errors model parallel",
     "generation": "architectures cache checkpoint device errors model parallel plan pretrained shaping text yaml_file",
-    "training": "architectures checkpoint conversion errors model parallel pretrained shaping text yaml_file",
+    "training": "architectures checkpoint conversion errors model parallel plan pretrained shaping text yaml_file",
     "estimate": "architectures cache errors generation model parallel plan training yaml_file",
     "env": "device",
 }

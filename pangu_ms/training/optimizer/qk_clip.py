@@ -51,7 +51,9 @@ class QKClip(nn.Cell):
 
     def __init__(self, threshold, layers, optimizer, ranks):
         super().__init__(auto_prefix=False)
-        check_optimizer(threshold, isinstance(optimizer, PanguMuon), type(optimizer).__name__)
+        if not isinstance(optimizer, PanguMuon):
+            raise ConfigError(f"{KEY}: found {threshold} with the optimizer {type(optimizer).__name__}, which may keep "
+                              "copies of what is scaled; take PanguMuon, or 0")
         rows = factor_places(layers, ranks)
         trained = {parameter.name for parameter in optimizer.parameters}
         if frozen := [name for name in rows if name not in trained]:
@@ -148,8 +150,9 @@ class LargestOfRanks(nn.Cell):
         return self.heads(largest)[0]
 
 
-def check_optimizer(threshold, known, name):
-    """`ConfigError` for an optimizer that is not `known`, and so may keep copies of what is scaled."""
-    if not known:
-        raise ConfigError(f"{KEY}: found {threshold} with the optimizer {name}, which may keep copies of what is "
-                          "scaled; take PanguMuon, or 0")
+def check_wrapper(fields):
+    """`ConfigError` where a YAML file's wrapper is not the one that clips."""
+    threshold, wrapper = fields["pangu_training"].get("qk_clip_threshold"), fields["runner_wrapper"].get("type")
+    if threshold and wrapper != "PanguTrainStep":
+        raise ConfigError(f"{KEY}: found {threshold} with runner_wrapper.type {wrapper}, which does not clip; take "
+                          "PanguTrainStep, or 0")

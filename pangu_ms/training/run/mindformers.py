@@ -34,6 +34,7 @@ from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
+from pangu_ms.training.optimizer.qk_clip import check_wrapper
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run, split_parameters
 from pangu_ms.training.run.fields import complete, kept_fields
 from pangu_ms.training.run.ranks import find_ranks
@@ -282,6 +283,7 @@ def train(fields, output_dir, resume=None, state=None):
         fields = fields | {"load_checkpoint": resume, "pretrained_model_dir": ""}
     fields = complete(fields)
     check_keys(fields)
+    check_wrapper(fields)
     ranks = find_ranks(fields)
     # MindSpore's own way of sharding them, behind the same key, is for its own optimizers.
     shard_states = (fields.get("parallel") or {}).pop("enable_parallel_optimizer", False)

@@ -53,6 +53,8 @@ def changed(**values):
     ({"trainer__type": "CausalLanguageModelingTrainer"}, "trainer.type: found CausalLang.*wanted PanguTrainer"),
     ({"train_dataset__input_columns": ["input_ids"]}, "input_columns: found .*wanted"),
     ({"runner_wrapper": {"type": "MFTrainOneStepCell"}}, "found MFTrain.*, but callbacks name PanguCheckpoint"),
+    ({"runner_wrapper": {"type": "MFTrainOneStepCell"}, "callbacks": [], "pangu_training__qk_clip_threshold": 100},
+     "qk_clip_threshold: found 100 with runner_wrapper.type MFTrain.*, which does not clip; take PanguTrainStep, or 0"),
     ({"lr_schedule__warmup_epochs": 1}, "warmup_epochs: .*give warmup_steps or warmup_ratio"),
     ({"optimizer": None}, "optimizer: found None, wanted a section"),
     ({"run_mode": "finetune"}, "run_mode: found finetune without weights"),
@@ -109,21 +111,22 @@ def test_a_run_stands_for_its_newest_checkpoint(mindformers, data, tmp_path):
 
 
 def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
-    """Losses are the mean over its parts, the load their sum, and the norm that of the last, which has updated."""
+    """Losses are the mean over its parts, the load their sum, and the norm that of the last, which has updated; of the
+    largest logits, which come where they are asked for, the largest."""
     calls = []
 
     def once(self, ids, mask):
         calls.append((ids.asnumpy().tolist(), mask.asnumpy().tolist()))
         n = len(calls)
-        return tuple(ms.Tensor(np.array(v, np.float32)) for v in (n, [n, 2 * n], 7 * (n == 2), [[n, 1]]))
+        return tuple(ms.Tensor(np.array(v, np.float32)) for v in (n, [n, 2 * n], 7 * (n == 2), [[n, 1]], [[n, -n]]))
 
     monkeypatch.setattr(mindformers.TrainStep, "__call__", once)
     step = mindformers.PanguTrainStep.__new__(mindformers.PanguTrainStep)
     object.__setattr__(step, "accumulation", 2)
     batch = (ms.Tensor(np.arange(4, dtype=np.int32)), ms.Tensor(np.ones(4, np.float32)))
-    total, parts, norm, load = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
+    total, parts, norm, load, largest = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
     assert calls == [([0, 1], [1, 1]), ([2, 3], [1, 1])]
-    assert (total, parts, norm, load) == (1.5, [1.5, 3.0], 7.0, [[3.0, 2.0]])
+    assert (total, parts, norm, load, largest) == (1.5, [1.5, 3.0], 7.0, [[3.0, 2.0]], [[2.0, -1.0]])
 
 
 def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
