@@ -76,7 +76,9 @@ class QKClip(nn.Cell):
         self.threshold, self.each = threshold, ops.Map()
 
     def construct(self, largest):
-        gamma = ops.reshape(self.threshold / ops.maximum(largest, self.threshold), (-1,))      # 1 where nothing is done
+        # Selected, for a quotient of equal numbers need not be 1: it may be computed by a reciprocal.
+        gamma = ops.select(largest > self.threshold, self.threshold / largest, ops.ones_like(largest))
+        gamma = ops.reshape(gamma, (-1,))
         factors = ops.cat((ops.ones((1,), ms.float32), ops.sqrt(gamma), gamma))
         scaled = self.each(ops.partial(_scale_rows, factors), self.arrays, self.places)
         return scaled, self.each(write_back, self.params, scaled[:self.count])

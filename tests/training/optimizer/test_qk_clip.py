@@ -139,7 +139,10 @@ def test_clipped_heads_reach_the_threshold_and_others_stay(small, kind):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_copies_of_the_parameters_are_scaled_and_moments_are_not(small, monkeypatch, sharded):
-    """Masters of float16 parameters; where two ranks share them, the second's half of the two layers' matrices."""
+    """Masters of float16 parameters; where two ranks share them, the second's half of the two layers' matrices.
+
+    41 times its reciprocal is not 1 in float32: what is not clipped must not move by that.
+    """
     monkeypatch.setattr(collectives, "all_gather", lambda ranks, dimension: ms.nn.Identity())    # one process
     config, ranks = small(), Ranks(data=2, rank=1) if sharded else Ranks()
     shapes = {"q_b_proj": (72, 32), "kv_b_proj": (84, 24)}
@@ -148,9 +151,9 @@ def test_copies_of_the_parameters_are_scaled_and_moments_are_not(small, monkeypa
     optimizer = PanguMuon(params, config, ranks=ranks, shard_states=sharded)
     states = {parameter.name: parameter for parameter in optimizer.get_parameters()}
     before = {name: state.asnumpy().copy() for name, state in states.items()}
-    largest = np.float32([[1, 20, 40], [80, 5, 10]])
-    QKClip(10.0, config.plan.layers[:2], optimizer, Ranks())(ms.Tensor(largest))
-    gamma = np.minimum(1, 10 / largest)
+    largest = np.float32([[1, 80, 160], [320, 20, 41]])
+    QKClip(41.0, config.plan.layers[:2], optimizer, Ranks())(ms.Tensor(largest))
+    gamma = np.minimum(1, 41 / largest)
     for i, of_heads in enumerate(gamma):
         for name, (second, power) in {"q_b_proj": (8, 1), "kv_b_proj": (12, 0)}.items():
             factor = np.concatenate([[g ** 0.5] * 16 + [g ** power] * second for g in of_heads])[:, None]
@@ -163,6 +166,8 @@ def test_copies_of_the_parameters_are_scaled_and_moments_are_not(small, monkeypa
                 assert np.array_equal(states[name].asnumpy(), now.astype(np.float16))
             if master is not None:
                 np.testing.assert_allclose(now, master * factor, rtol=1e-6)
+                stays = factor[:, 0] == 1
+                np.testing.assert_array_equal(now[stays], master[stays])
             np.testing.assert_allclose(states[name].asnumpy(), before[name] * factor, rtol=2e-3)
     moments = [name for name in states if name.startswith("muon.")]
     assert moments and not any(states[name].asnumpy().any() for name in moments)
