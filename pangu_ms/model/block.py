@@ -56,8 +56,8 @@ class Block(nn.Cell):
         return self.layer(stream, step, cache)
 
     def layer(self, stream, step, cache):
-        """-> stream, {"attn", "mlp" [B, T, H], what the sublayers give; "index", what DSA's indexer did, or (); and
-        "routing" of `route`, or ()}.
+        """-> stream, {"attn", "mlp" [B, T, H], what the sublayers give; "index", what DSA's indexer did, or ();
+        "routing" of `route`, or (); "largest_logits" float32 [heads] of attention, or () where the step does not ask}.
 
         What nobody uses of the second is dropped when the graph is compiled.
         cache: None, or the layer's tensors in the order of `cache_tensors`: a graph takes no dictionaries whose shapes
@@ -66,7 +66,7 @@ class Block(nn.Cell):
         if cache is not None:
             cache = named(self.cache_names, cache)
         x, back = residual_pre(stream, self.attn_gates, self.input_layernorm.handle, step)
-        attn, index = self.self_attn(x, step, cache)
+        attn, index, largest = self.self_attn(x, step, cache)
         stream, x, back = residual_post_pre(attn, self.behind_attn, back, stream, self.mlp_gates,
                                             self.before_mlp, step)
         routing = ()
@@ -77,7 +77,7 @@ class Block(nn.Cell):
         stream = residual_post(mlp, self.behind_mlp, back, stream, step)
         if self.block_norm:                                                     # one norm over all N * H values
             stream = ops.reshape(self.block_post_layernorm(flatten(stream)), stream.shape)
-        return stream, {"attn": attn, "index": index, "mlp": mlp, "routing": routing}
+        return stream, {"attn": attn, "index": index, "mlp": mlp, "routing": routing, "largest_logits": largest}
 
 
 def named(names, tensors):

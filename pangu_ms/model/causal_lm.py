@@ -66,9 +66,9 @@ class CausalLM(nn.Cell):
         merged, _ = self.model(ids, self.whole(positions(ids), True), None)
         return self.logits(merged)
 
-    def whole(self, position, sparse):
+    def whole(self, position, sparse, largest_logits=False):
         """The `StepInfo` of a forward without a cache: position int32 [B, T]; sparse: DSA layers select."""
-        return self.step_info(position, None, False, sparse)
+        return self.step_info(position, None, False, sparse, None, largest_logits)
 
     def logits(self, merged):
         """Hidden [B, T, H] before the final norm -> float32 [B, T, vocab_size]."""

@@ -26,9 +26,17 @@ def sigmoid(x):
 @replaceable
 def masked_softmax(score, visible, scale):
     """Over the last axis of score [A, B, C, S] * scale, where visible, bool; its other axes as in score or 1."""
+    return ops.cast(softmax(_masked(score, visible, scale)), score.dtype)
+
+
+def largest_logits(score, visible, scale):
+    """float32 [B]: the largest of score [A, B, C, S] * scale where visible, as `masked_softmax` sees it. No gradient."""
+    return ops.stop_gradient(ops.ReduceMax()(_masked(score, visible, scale), (0, 2, 3)))
+
+
+def _masked(score, visible, scale):
     wide = ops.cast(score, ms.float32) * scale
-    wide = ops.select(ops.broadcast_to(visible, wide.shape), wide, ops.full_like(wide, MASKED))
-    return ops.cast(softmax(wide), score.dtype)
+    return ops.select(ops.broadcast_to(visible, wide.shape), wide, ops.full_like(wide, MASKED))
 
 
 @replaceable

@@ -8,7 +8,7 @@ from mindspore import nn, ops
 
 from pangu_ms.cache.rings import append
 from pangu_ms.device import replaceable
-from pangu_ms.model.elementary import masked_softmax
+from pangu_ms.model.elementary import largest_logits, masked_softmax
 from pangu_ms.model.linear import Linear, add_bias, linear, parameter, without_bias
 from pangu_ms.model.norm import RMSNorm, rms_norm
 from pangu_ms.model.rope import apply_rope
@@ -41,8 +41,9 @@ def grouped_rows(x, weights, key_norm, cache, step):
 
 
 @replaceable
-def grouped_attention(q, keys, values, visible, scale, sinks):
-    """q [B, T, N, D], keys [B, S, G, D], values [B, S, G, Dv], visible bool [B, T, 1, S0 + S] -> [B, T, N * Dv].
+def grouped_attention(q, keys, values, visible, scale, sinks, wants_largest):
+    """q [B, T, N, D], keys [B, S, G, D], values [B, S, G, Dv], visible bool [B, T, 1, S0 + S] -> [B, T, N * Dv], and
+    the largest logit of each head, the sinks' included, float32 [N], or () where they are not wanted.
 
     sinks: keys [S0, G, D], normed, and values [S0, G, Dv]; or None, S0 is 0. The queries of a group stand one behind
     the other and meet their keys in one product.
@@ -54,11 +55,13 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
     q = ops.reshape(ops.transpose(q, (0, 2, 1, 3)), (batch, groups, -1, width))                 # [B, G, N / G * T, D]
     keys, values = ops.transpose(keys, (0, 2, 1, 3)), ops.transpose(values, (0, 2, 1, 3))       # [B, G, S, D]
     score = ops.reshape(ops.BatchMatMul(transpose_b=True)(q, keys), (batch, heads, -1, rows))   # [B, N, T, S]
-    prob = masked_softmax(score, ops.transpose(visible, (0, 2, 1, 3)), scale)
+    visible = ops.transpose(visible, (0, 2, 1, 3))
+    prob = masked_softmax(score, visible, scale)
     out = ops.BatchMatMul()(ops.reshape(prob, (batch, groups, -1, rows)), values)               # [B, G, N / G * T, Dv]
     width = values.shape[3]
     out = ops.transpose(ops.reshape(out, (batch, heads, -1, width)), (0, 2, 1, 3))
-    return ops.reshape(out, (batch, -1, heads * width))
+    largest = largest_logits(score, visible, scale) if wants_largest else ()
+    return ops.reshape(out, (batch, -1, heads * width)), largest
 
 
 def _projected(x, weights):
@@ -113,17 +116,19 @@ class GroupedQueryAttention(nn.Cell):
         self.out = self.o_proj.matrix
 
     def construct(self, x, step, cache):
-        """x [B, T, H], normed -> y [B, T, H], and (), for there is no indexer.
+        """x [B, T, H], normed -> y [B, T, H], (), for there is no indexer, and the largest logits where the step asks
+        for them.
 
         cache: None, or this layer's tensors by name (`plan.GroupedQueryAttention.cache_tensors`), updated in place.
         """
         norm = self._shared_norm()
         q, keys, values = grouped_rows(self.copy(x), self.weights, norm, cache, step)
-        heads = grouped_attention(q, keys, values, step["visible"][self.window], self.scale, self._sink_rows(norm))
+        heads, largest = grouped_attention(q, keys, values, step["visible"][self.window], self.scale,
+                                           self._sink_rows(norm), step["largest_logits"])
         if not self.sharded:
-            return linear(heads, self.out), ()
+            return linear(heads, self.out), (), largest
         # Ranks add up what their heads give; the output's bias is added once.
-        return add_bias(self.reduce(linear(heads, without_bias(self.out))), self.out), ()
+        return add_bias(self.reduce(linear(heads, without_bias(self.out))), self.out), (), largest
 
     def _shared_norm(self):
         """`key_norm`; tensor parallel ranks sum its gradient, for all of their different keys have it."""

@@ -8,13 +8,16 @@ each query may have its own. They are two forms of one function of
 
     q [B, T, heads, nope + rope], rotated; sinks [S0, D], normed, or None; keys [B, S, D];
     visible bool [B, T, 1, S0 + S]; kv_b, a matrix [heads * (nope + value), latent] -> [B, T, heads * value]
+
+Training may ask the expanded form for the largest logit of each head, as it enters the softmax: float32 [heads]. The
+sinks' are among them, for sinks are keys like any others: their logits grow and are clipped with the rest.
 """
 import mindspore as ms
 from mindspore import nn, ops
 
 from pangu_ms.cache.rings import append, ring_update
 from pangu_ms.device import replaceable
-from pangu_ms.model.elementary import MASKED, masked_softmax
+from pangu_ms.model.elementary import MASKED, largest_logits, masked_softmax
 from pangu_ms.model.indexer import Indexer, append_index_rows, select_rows, topk_mask
 from pangu_ms.model.linear import Linear, dense_weight, linear, parameter
 from pangu_ms.model.norm import RMSNorm, rms_norm
@@ -61,21 +64,22 @@ def latent_keys(x, weights, taps, kept, step, window):
 
 @replaceable
 def attention_output(q, sinks, keys, seen, weights, taps, step):
-    """Attention, the convolution of what the heads give, and their projection -> [B, T, H].
+    """Attention, the convolution of what the heads give, and their projection -> [B, T, H]; the largest logits [heads],
+    or () where the step asks for none.
 
     q of `latent_query`; keys of `latent_keys`. seen: window, 0 for none, and either visible, bool [B, T, 1, S0 + S], or
     indices int32 [B, T, K], which the indexer has selected. sinks: latent [S0, latent] and k_pe [S0, rope], neither
     convolved nor rotated, and the norm of the first; or None. weights: kv_b and out, matrices; conv; heads; scale.
     """
     q = ops.reshape(q, (q.shape[0], -1, weights["heads"], q.shape[-1] // weights["heads"]))
-    rows, kv_b, scale = sink_rows(sinks), weights["kv_b"], weights["scale"]
+    rows, kv_b, scale, largest = sink_rows(sinks), weights["kv_b"], weights["scale"], ()
     if "indices" in seen:
         out = sparse_attention(q, rows, keys, seen["indices"], step["position"], kv_b, scale)
     elif step["decode"]:
         out = absorbed_attention(q, rows, keys, seen["visible"], kv_b, scale)
     else:
-        out = expanded_attention(q, rows, keys, seen["visible"], kv_b, scale)
-    return linear(conv_with_taps(out, weights["conv"], taps, step), weights["out"])
+        out, largest = expanded_attention(q, rows, keys, seen["visible"], kv_b, scale, step["largest_logits"])
+    return linear(conv_with_taps(out, weights["conv"], taps, step), weights["out"]), largest
 
 
 # ---------------------------------------------------------------- rows and attention over them
@@ -95,7 +99,8 @@ def sink_rows(sinks):
 
 
 @replaceable
-def expanded_attention(q, sinks, keys, visible, kv_b, scale):
+def expanded_attention(q, sinks, keys, visible, kv_b, scale, wants_largest):
+    """-> what the heads give, and the largest logits, or () where they are not wanted."""
     batch, _, heads, width = q.shape
     up = dense_weight(kv_b)
     latent = up.shape[1]
@@ -107,9 +112,11 @@ def expanded_attention(q, sinks, keys, visible, kv_b, scale):
     q = ops.transpose(q, (0, 2, 1, 3))                                          # [B, heads, T, nope + rope]
     score = ops.BatchMatMul(transpose_b=True)(q[..., :nope], kv[..., :nope])
     score = score + ops.matmul(q[..., nope:], ops.transpose(k_pe, (0, 1, 3, 2)))
-    prob = masked_softmax(score, ops.transpose(visible, (0, 2, 1, 3)), scale)   # [B, heads, T, S0 + S]
+    visible = ops.transpose(visible, (0, 2, 1, 3))
+    prob = masked_softmax(score, visible, scale)                                # [B, heads, T, S0 + S]
     out = ops.transpose(ops.matmul(prob, kv[..., nope:]), (0, 2, 1, 3))
-    return ops.reshape(out, (batch, -1, heads * out.shape[-1]))
+    largest = largest_logits(score, visible, scale) if wants_largest else ()
+    return ops.reshape(out, (batch, -1, heads * out.shape[-1])), largest
 
 
 @replaceable
@@ -213,7 +220,8 @@ class LatentAttention(nn.Cell):
                                "heads": self.heads, "scale": self.scale}
 
     def construct(self, x, step, cache):
-        """x [B, T, H], normed -> y [B, T, H], and for DSA without a cache what the indexer did (`_index`).
+        """x [B, T, H], normed -> y [B, T, H], for DSA without a cache what the indexer did (`_look`), and the largest
+        logits where the step asks for them.
 
         cache: None, or this layer's tensors by name (`plan.LatentAttention.cache_tensors`), updated in place.
         """
@@ -223,8 +231,8 @@ class LatentAttention(nn.Cell):
         q_latent, q = latent_query(x, self.query_weights, q_taps, step, self.nope, self.copy)
         keys = latent_keys(x, self.row_weights, kv_taps, None if cache is None else cache["latent"], step, self.window)
         keys, seen, index = self._look(x, q_latent, q, keys, cache, step)
-        y = attention_output(q, self._shared_sinks(), self.copy(keys), seen, self.output_weights, o_taps, step)
-        return self.reduce(y), index
+        y, largest = attention_output(q, self._shared_sinks(), self.copy(keys), seen, self.output_weights, o_taps, step)
+        return self.reduce(y), index, largest
 
     def _look(self, x, q_latent, q, keys, cache, step):
         """-> keys, which depend on the indexer's writes; `seen` of `attention_output`; what the indexer did.

@@ -23,8 +23,9 @@ class StepInfo(nn.Cell):
     slots       int32 [B, T]: where the new rows go in growing tensors; with a cache
     taps        `ring_slots` of the convolutions' inputs; with a cache, where there are convolutions
     rings       window -> `ring_slots` of the latent rows; with a cache
-    decode, sparse   constants of the compiled function. Decode: few rows, read where they lie in the cache. Sparse: DSA
-                layers see what their indexer selects, otherwise all there is
+    decode, sparse, largest_logits   constants of the compiled function. Decode: few rows, read where they lie in the
+                cache. Sparse: DSA layers see what their indexer selects, otherwise all there is. Largest logits:
+                attention without a cache hands out those of its heads
 
     What nobody reads is dropped when the graph is compiled.
 
@@ -40,7 +41,7 @@ class StepInfo(nn.Cell):
         self.sinks, self.taps, self.slack = attention.sinks, attention.conv_width - 1, slack
         self.windows = tuple(sorted({layer.attention.window for layer in layers} - {None}))
 
-    def construct(self, position, capacity, decode, sparse, count=None):
+    def construct(self, position, capacity, decode, sparse, count=None, largest_logits=False):
         """
         Args:
             position: int32 [B, T].
@@ -75,7 +76,8 @@ class StepInfo(nn.Cell):
         visible[0] = with_sinks(causal, self.sinks)
         return {"position": position, "rope": {"cos": cos, "sin": sin, "interleaved": self.interleaved},
                 "conv_mask": ops.expand_dims(position >= self.taps, 2), "causal": causal, "visible": visible,
-                "slots": slots, "taps": taps, "rings": rings, "decode": decode, "sparse": sparse}
+                "slots": slots, "taps": taps, "rings": rings, "decode": decode, "sparse": sparse,
+                "largest_logits": largest_logits}
 
 
 def _within(distance, at, window):

@@ -7,10 +7,12 @@ from mindspore import nn, ops
 from pangu_ms.architectures.tensors import parameters
 from pangu_ms.parallel import collectives
 from pangu_ms.training.by_step import ByStep
+from pangu_ms.training.optimizer.qk_clip import LargestOfRanks, QKClip
 
 
 class Gradients(nn.Cell):
-    """A batch -> what the objective gives, then the gradients of `weights`; of all ranks' sequences together."""
+    """A batch -> total, parts, load, the gradients of `weights`, and the largest logits where the objective gives them;
+    of all ranks' sequences together."""
 
     def __init__(self, objective, weights):
         super().__init__(auto_prefix=False)
@@ -18,11 +20,15 @@ class Gradients(nn.Cell):
         self.value_and_grad = ms.value_and_grad(objective, None, weights, has_aux=True)
         ranks = objective.causal_lm.ranks
         self.mean = BatchMean(ranks, _tensors(objective, weights)) if ranks.batch > 1 else None
+        self.largest = LargestOfRanks(ranks) if objective.largest_logits else None
 
     def construct(self, *batch):
-        (total, parts, load), gradients = self.value_and_grad(*batch)
+        outputs, gradients = self.value_and_grad(*batch)
+        total, parts, load = outputs[0], outputs[1], outputs[2]
         if self.mean is not None:
             total, parts, load, gradients = self.mean(total, parts, load, gradients)
+        if self.largest is not None:
+            return total, parts, load, gradients, self.largest(outputs[3])
         return total, parts, load, gradients
 
 
@@ -64,8 +70,8 @@ class ModelSum(nn.Cell):
 
 
 class Update(nn.Cell):
-    """Gradients, load [M, E] and loss of a step -> the parameters are changed; the gradients' norm before clipping, and
-    the sum of squares of each of them, [P].
+    """Gradients, load [M, E] and loss of a step, and the largest logits [L, heads] if its objective gives them -> the
+    parameters are changed; the gradients' norm before clipping, and the sum of squares of each of them, [P].
 
     With `skips`, a loss or norm that is not finite changes nothing but the optimizer's count of steps, which schedules
     follow. All ranks have the same loss and norm, so all do the same.
@@ -84,21 +90,24 @@ class Update(nn.Cell):
         self.rates, self.starts = ms.Tensor(rates.values, ms.float32), ms.Tensor(rates.starts, ms.float32)
         self.biases = ms.ParameterTuple([causal_lm.model.layers[i].mlp.e_score_correction_bias
                                          for i in objective.moe_layers if objective.biased])
+        self.qk_clip = None
+        if objective.largest_logits:
+            self.qk_clip = QKClip(objective.qk_clip_threshold, objective.layers, optimizer, causal_lm.ranks)
 
-    def construct(self, gradients, load, loss=0.0):
+    def construct(self, gradients, load, loss=0.0, largest=None):
         squares = ops.stack(self.each(_sum_of_squares, gradients))              # [P]
         if self.of_ranks is not None:
             squares = self.of_ranks(squares)
         norm = ops.sqrt(self.sum(squares))
         if not self.skips:
-            return self._change(gradients, load, norm), squares
+            return self._change(gradients, load, norm, largest), squares
         if ops.logical_and(ops.isfinite(norm), ops.isfinite(loss)):
-            norm = self._change(gradients, load, norm)
+            norm = self._change(gradients, load, norm, largest)
         else:
             norm = ops.depend(norm, ops.assign_add(self.optimizer.global_step, 1))
         return norm, squares
 
-    def _change(self, gradients, load, norm):
+    def _change(self, gradients, load, norm, largest):
         if self.max_norm is not None:
             gradients = self.each(ops.partial(_scale, self.max_norm / ops.maximum(norm, self.max_norm)), gradients)
         norm = ops.depend(norm, self.optimizer(gradients))
@@ -119,7 +128,8 @@ class Update(nn.Cell):
 
 class TrainStep(nn.Cell):
     """`step(*batch)` -> total, parts [P], gradient norm, load [M, E], squares [N]: the sum of squares of the gradient
-    of each of `optimizer.parameters`, before clipping.
+    of each of `optimizer.parameters`, before clipping; and where the objective gives them the largest logits
+    [L, heads].
 
     With accumulation > 1 the parameters change at every accumulation-th call, by the mean of the gradients since the
     last change; the other calls give a norm and squares of 0. Everything else is of the call's own batch.
@@ -144,6 +154,7 @@ class TrainStep(nn.Cell):
         if self.accumulates:
             self.sums = optimizer.parameters.clone("accumulated", "zeros")
             self.load_sum = self.total_sum = None
+            self.largest = ()
             self.add, self.flush = Accumulate(self.gradients, self.sums), Flush(self.update, self.sums)
         self.set_train(True)
 
@@ -160,22 +171,29 @@ class TrainStep(nn.Cell):
         return self.update.optimizer
 
     def construct(self, *batch):
-        total, parts, load, gradients = self.gradients(*batch)
+        outputs = self.gradients(*batch)
+        total, parts, load, gradients = outputs[0], outputs[1], outputs[2], outputs[3]
+        if self.gradients.largest is not None:
+            norm, squares = self.update(gradients, load, total, outputs[4])
+            return total, parts, norm, load, squares, outputs[4]
         norm, squares = self.update(gradients, load, total)
         return total, parts, norm, load, squares
 
     def __call__(self, *batch):
         if not self.accumulates:
             return super().__call__(*batch)
-        total, parts, load = self.add(*batch)
-        self.load_sum = load if self.calls == 0 else self.load_sum + load
-        self.total_sum = total if self.calls == 0 else self.total_sum + total
+        total, parts, load, *largest = self.add(*batch)
+        first = self.calls == 0
+        self.load_sum = load if first else self.load_sum + load
+        self.total_sum = total if first else self.total_sum + total
+        self.largest = largest if first else [ops.maximum(*both) for both in zip(self.largest, largest)]
         self.calls += 1
         if self.calls < self.accumulation:
-            return total, parts, ms.Tensor(0.0, ms.float32), load, ops.zeros(len(self.sums), ms.float32)
+            return total, parts, ms.Tensor(0.0, ms.float32), load, ops.zeros(len(self.sums), ms.float32), *largest
         self.calls = 0
-        norm, squares = self.flush(self.load_sum, self.total_sum, ms.Tensor(1 / self.accumulation, ms.float32))
-        return total, parts, norm, load, squares
+        norm, squares = self.flush(self.load_sum, self.total_sum, ms.Tensor(1 / self.accumulation, ms.float32),
+                                   *self.largest)
+        return total, parts, norm, load, squares, *largest
 
 
 class Accumulate(nn.Cell):
@@ -186,8 +204,12 @@ class Accumulate(nn.Cell):
         self.gradients, self.sums, self.each = gradients, sums, ops.Map()
 
     def construct(self, *batch):
-        total, parts, load, gradients = self.gradients(*batch)
-        return ops.depend(total, self.each(ops.assign_add, self.sums, gradients)), parts, load
+        outputs = self.gradients(*batch)
+        parts, load = outputs[1], outputs[2]
+        total = ops.depend(outputs[0], self.each(ops.assign_add, self.sums, outputs[3]))
+        if self.gradients.largest is not None:
+            return total, parts, load, outputs[4]
+        return total, parts, load
 
 
 class Flush(nn.Cell):
@@ -197,8 +219,8 @@ class Flush(nn.Cell):
         super().__init__(auto_prefix=False)
         self.update, self.sums, self.each = update, sums, ops.Map()
 
-    def construct(self, load, total, share):
-        norm, squares = self.update(self.each(ops.partial(_scale, share), self.sums), load, total)
+    def construct(self, load, total, share, largest=None):
+        norm, squares = self.update(self.each(ops.partial(_scale, share), self.sums), load, total, largest)
         return ops.depend(norm, self.each(_clear, ops.depend(self.sums, norm))), squares
 
 

@@ -61,7 +61,7 @@ def test_drafting(model, inferred_graph):
 
 @pytest.mark.slow
 def test_gradients_of_training(on_ascend, inferred_graph, monkeypatch):
-    """A DSA layer and a sliding MTP layer, both with experts."""
+    """A DSA layer and a sliding MTP layer, both with experts; with the largest logits of their heads."""
     from pangu_ms import PanguForCausalLM
     from pangu_ms.training.objectives import indexer
     from pangu_ms.training.objectives.pretraining import Pretraining
@@ -69,7 +69,7 @@ def test_gradients_of_training(on_ascend, inferred_graph, monkeypatch):
     from pangu_ms.training.step import Gradients
     monkeypatch.setattr(indexer, "QUERIES", 1152)                                # two pieces stand for eighteen
     settings = TrainingSettings(indexer_loss="sparse", indexer_loss_coeff=0.1, balance_loss_coeff=0.1,
-                                z_loss_coeff=0.1)
+                                z_loss_coeff=0.1, qk_clip_threshold=100)
     config = replace(CONFIG, num_hidden_layers=1, first_k_dense_replace=0, swa_layers=(1,), sliding_window_list=(2048,))
     with no_init_parameters():
         model = PanguForCausalLM(config)
@@ -81,6 +81,7 @@ def test_gradients_of_training(on_ascend, inferred_graph, monkeypatch):
     assert {"RmsNormGrad", "RotaryPositionEmbeddingGrad", "SwigluGrad", "FlashAttentionScoreGrad",
             "MoeTokenPermuteGrad", "MoeTokenUnpermuteGrad"} <= found
     assert not any("-1" in shape for shape in shapes)
+    assert f"2, {CONFIG.num_attention_heads}" in shapes
     assert f"1024, {CONFIG.vocab_size}" in shapes and f"2304, {CONFIG.vocab_size}" not in shapes    # logits, in pieces
 
 

@@ -27,7 +27,7 @@ class Weighted(nn.Cell):
         self.attention, self.step_info = attention, StepInfo(CONFIG.plan, CONFIG.plan.layers)
 
     def construct(self, x, position, weight):
-        y, _ = self.attention(x, self.step_info(position, None, False, False), None)
+        y, _, _ = self.attention(x, self.step_info(position, None, False, False), None)
         return ops.sum(y * weight)
 
 

@@ -108,7 +108,11 @@ def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
 
 
 def expanded_attention(q, sinks, keys, visible, kv_b, scale):
-    return mla.expanded_attention(q, sinks, keys, visible, matrix(kv_b), scale)
+    return mla.expanded_attention(q, sinks, keys, visible, matrix(kv_b), scale, False)[0]
+
+
+def expanded_attention_and_largest(q, sinks, keys, visible, kv_b, scale):
+    return mla.expanded_attention(q, sinks, keys, visible, matrix(kv_b), scale, True)
 
 
 def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
@@ -116,11 +120,20 @@ def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):
 
 
 def grouped_attention(q, keys, values, visible, scale):
-    return gqa.grouped_attention(q, keys, values, visible, scale, None)
+    return gqa.grouped_attention(q, keys, values, visible, scale, None, False)[0]
+
+
+def grouped_attention_and_largest(q, keys, values, visible, scale):
+    return gqa.grouped_attention(q, keys, values, visible, scale, None, True)
 
 
 def grouped_attention_with_sinks(q, keys, values, visible, scale, sink_keys, sink_values):
-    return gqa.grouped_attention(q, keys, values, visible, scale, {"keys": sink_keys, "values": sink_values})
+    sinks = {"keys": sink_keys, "values": sink_values}
+    return gqa.grouped_attention(q, keys, values, visible, scale, sinks, False)[0]
+
+
+def grouped_attention_with_sinks_and_largest(q, keys, values, visible, scale, sink_keys, sink_values):
+    return gqa.grouped_attention(q, keys, values, visible, scale, {"keys": sink_keys, "values": sink_values}, True)
 
 
 # ---------------------------------------------------------------- steps of decoding, for layers with a cache
@@ -129,7 +142,7 @@ def step(position, cos, sin, ring=None, slack_taps=None, width=3, window=0, plac
     """The `StepInfo` of few tokens, for rings of `slack_taps` and `ring` rows, or tensors of `places` rows."""
     at = ops.expand_dims(position, 2)
     found = {"position": position, "rope": turned(cos, sin, interleaved), "conv_mask": at >= width - 1,
-             "decode": True, "sparse": False, "rings": {}, "visible": {}}
+             "decode": True, "sparse": False, "largest_logits": False, "rings": {}, "visible": {}}
     if slack_taps is not None:
         found["taps"] = rings.ring_slots(position, slack_taps, True)
     if window:
@@ -188,7 +201,7 @@ def _attend(x, down, row_taps, row_conv, weight, kept, position, cos, sin, q, la
     seen = {"window": window, "visible": info["visible"][window]}
     if indices is not None:
         seen = {"window": window, "indices": indices}
-    return mla.attention_output(q, sinks, keys, seen, weights, out_taps, info)
+    return mla.attention_output(q, sinks, keys, seen, weights, out_taps, info)[0]
 
 
 def attend_grouped(x, query, query_bias, key, key_bias, value, value_bias, keys, values, position, cos, sin, width,
@@ -203,7 +216,7 @@ def attend_grouped(x, query, query_bias, key, key_bias, value, value_bias, keys,
                    "value": projection(value, value_bias), "width": width, "value_width": value_width}
     norm = None if norm is None else normed(norm, 1e-3)
     q, keys, values = gqa.grouped_rows(x, weights, norm, {"keys": keys, "values": values}, info)
-    return q, gqa.grouped_attention(q, keys, values, info["visible"][0], scale, None)
+    return q, gqa.grouped_attention(q, keys, values, info["visible"][0], scale, None, False)[0]
 
 
 def append_index_rows(x, key, weight, kept, position, cos, sin, eps):

@@ -59,9 +59,9 @@ FORMS = {
                        of(ms.float32, 1, 4096)), (), {"Dense", "OneHot"}, {"Dense", "MatMul"}, (1, 4096)),
     "expanded_attention": ((*queries(512, 1048), of(ms.bool_, 1, 512, 1, SINKS + 1048), bf16(*KV_B)), (SCALE,),
                            {"FlashAttentionScore"}, {"FlashAttentionScoreGrad"}, (1, 512, OUT)),
-    "grouped_attention": ((bf16(1, 512, 32, 128), bf16(1, 1048, 8, 128), bf16(1, 1048, 8, 128),
-                           of(ms.bool_, 1, 512, 1, 1048)), (128 ** -0.5,), {"FlashAttentionScore"},
-                          {"FlashAttentionScoreGrad"}, (1, 512, 32 * 128)),
+    "grouped_attention_and_largest": ((bf16(1, 512, 32, 128), bf16(1, 1048, 8, 128), bf16(1, 1048, 8, 128),
+                                       of(ms.bool_, 1, 512, 1, 1048)), (128 ** -0.5,),
+                                      {"FlashAttentionScore", "ReduceMax"}, {"FlashAttentionScoreGrad"}, (32,)),
     "grouped_attention_with_sinks": (                                          # of openPangu-R-72B-2512
         (bf16(1, 512, 64, 192), bf16(1, 1048, 4, 192), bf16(1, 1048, 4, 128), of(ms.bool_, 1, 512, 1, SINKS + 1048),
          192 ** -0.5, bf16(SINKS, 4, 192), bf16(SINKS, 4, 128)), (), {"FlashAttentionScore"},

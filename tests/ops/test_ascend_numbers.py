@@ -33,9 +33,9 @@ def formulas_alone(monkeypatch):
 
 
 def attends(attention):
-    """An attention as a function of tensors alone."""
+    """An attention as a function of tensors alone; the largest logits come with it."""
     def call(q, sinks, keys, visible, kv_b, scale):
-        return attention(q, sinks, keys, visible, {"weight": kv_b}, scale)
+        return attention(q, sinks, keys, visible, {"weight": kv_b}, scale, True)
     return call
 
 
@@ -90,20 +90,22 @@ def takes_five(a, b, c, d, e):
 
 # ---------------------------------------------------------------- attention
 
-def flash_attention_score(query, key, value, head_num, attn_mask=None, scalar_value=1.0, input_layout="BSH"):
-    """BSND: all of one width; attn_mask [B, 1, S1, S2], True is discarded. Fewer heads of keys serve groups."""
-    assert input_layout == "BSND" and key.shape == value.shape and query.shape[2:] == (head_num, key.shape[3])
+def flash_attention_score(query, key, value, attn_mask, head_num, scale):
+    """BSND: all of one width; attn_mask [B, 1, S1, S2], True is discarded. Fewer heads of keys serve groups. The first
+    output is softmax_max [B, N1, S1, 8]."""
+    assert key.shape == value.shape and query.shape[2:] == (head_num, key.shape[3])
     key, value = (ops.repeat_interleave(each, head_num // each.shape[2], 2) for each in (key, value))
     assert attn_mask.shape == (query.shape[0], 1, query.shape[1], key.shape[1])
     query, key, value = (ops.transpose(each, (0, 2, 1, 3)) for each in (query, key, value))
-    score = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) * scalar_value
+    score = ops.matmul(query, ops.transpose(key, (0, 1, 3, 2))) * scale
     score = ops.masked_fill(score, attn_mask, -1e30)
-    return ops.transpose(ops.matmul(ops.softmax(score, -1), value), (0, 2, 1, 3))
+    largest = ops.tile(ops.stop_gradient(ops.ReduceMax(True)(score, -1)), (1, 1, 1, 8))
+    return largest, ops.transpose(ops.matmul(ops.softmax(score, -1), value), (0, 2, 1, 3))
 
 
 @pytest.fixture
 def flash(monkeypatch):
-    monkeypatch.setattr(ops, "flash_attention_score", flash_attention_score)
+    monkeypatch.setattr(ascend_attention, "flash_attention_score", flash_attention_score)
     monkeypatch.setattr(ascend_attention, "_flash_takes", takes_three)
 
 
@@ -123,11 +125,11 @@ def test_expanded_attention(flash, value, gradient):
 def test_grouped_attention(flash, gradient, sinks, value):
     """Values as wide as keys, and narrower ones behind sinks."""
     def without(attention):
-        return lambda q, keys, values, visible, scale: attention(q, keys, values, visible, scale, None)
+        return lambda q, keys, values, visible, scale: attention(q, keys, values, visible, scale, None, True)
 
     def behind(attention):
         return lambda q, keys, values, visible, sink_keys, sink_values, scale: attention(
-            q, keys, values, visible, scale, {"keys": sink_keys, "values": sink_values})
+            q, keys, values, visible, scale, {"keys": sink_keys, "values": sink_values}, True)
 
     call = behind if sinks else without
     visible = ANY.integers(0, 2, (BATCH, LENGTH, 1, sinks + PLACES)).astype(bool)

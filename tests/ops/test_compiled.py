@@ -135,14 +135,18 @@ CASES = [
     *[("masked_softmax", lambda s=s, v=v: (normal(*s) * 30, mask(*v), 0.7))
       for s, v in [((2, 3, 5, 19), (2, 1, 5, 19)), ((1, 1, 4, 300), (1, 1, 1, 300)), ((2, 1, 3, 8), (1, 1, 1, 8))]],
     *[("grouped_attention", lambda a=a: grouped(*a))                            # few queries, and more of them
-      for a in [(1, 1, 1), (2, 5, 30, 4, 4), (1, 8, 8, 6, 1), (1, 2, 2500), (2, 150, 420, 4, 2, 17, 17)]],
-    *[("grouped_attention_with_sinks", lambda t=t: grouped(2, t, 90, width=12, value=5, sinks=3)) for t in (1, 70)],
+      for a in [(1, 1, 1), (2, 5, 30, 4, 4), (1, 8, 8, 6, 1), (1, 2, 2500)]],
+    ("grouped_attention_and_largest", lambda: grouped(2, 150, 420, 4, 2, 17, 17)),
+    *[(f"grouped_attention_with_sinks{largest}", lambda t=t: grouped(2, t, 90, width=12, value=5, sinks=3))
+      for t, largest in ((1, ""), (70, "_and_largest"))],
     *[("absorbed_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
         ((1, 1, 40), {}), ((2, 1, 7), {}), ((2, 5, 30), {}), ((2, 5, 12), {"per_query": True}),
         ((1, 3, 20), {"heads": 19, "latent": 32}), ((2, 3, 20), {"sinks": 0})]],
     *[("expanded_attention", lambda a=a, k=k: attention(*a, **k)) for a, k in [
-        ((1, 1, 1), {}), ((2, 5, 9), {}), ((1, 150, 170), {}), ((2, 70, 70), {"window": 99, "sinks": 16}),
-        ((1, 80, 80), {"value": 20, "sinks": 17, "window": 20}), ((2, 70, 70), {"sinks": 0})]],
+        ((1, 1, 1), {}), ((2, 5, 9), {}), ((2, 70, 70), {"window": 99, "sinks": 16}),
+        ((1, 80, 80), {"value": 20, "sinks": 17, "window": 20})]],
+    *[("expanded_attention_and_largest", lambda a=a, k=k: attention(*a, **k)) for a, k in [
+        ((1, 150, 170), {}), ((2, 70, 70), {"sinks": 0})]],
 ]
 
 
@@ -256,7 +260,7 @@ def same_numbers(monkeypatch):
 
 def compiled(name):
     """A formula as a function of tensors, for which the library has an operator."""
-    assert name.removesuffix("_with_sinks").removesuffix("_bias") in vars(cpu)
+    assert name.removesuffix("_and_largest").removesuffix("_with_sinks").removesuffix("_bias") in vars(cpu)
     return getattr(flat, name)
 
 

@@ -21,6 +21,7 @@ from pangu_ms.training.step import TrainStep
 
 BATCH, LENGTH = 4, 24  # three times index_topk, so that DSA selects
 PROMPT, NEW_TOKENS, DRAFTS, STEPS = 8, 12, 2, 10
+CLIP = 7.0  # of logits, of which about half are above
 
 
 def drafting(directory, ranks):
@@ -53,9 +54,9 @@ def grouped(directory, ranks):
 
 
 def train(directory, ranks):
-    """-> arrays by name: the parts of the loss, gradients by parameter and their sums of squares, losses and gradient
-    norms of STEPS steps, and the optimizer's moments at their end. A step that is not finite on one rank changes
-    nothing on any.
+    """-> arrays by name: the parts of the loss, gradients by parameter and their sums of squares, losses, gradient norms
+    and largest logits of STEPS steps, and the optimizer's moments at their end. A step that is not finite on one rank
+    changes nothing on any.
 
     The ranks share a batch as they share everything else.
     """
@@ -63,7 +64,8 @@ def train(directory, ranks):
     model = PanguForCausalLM.from_pretrained(directory, ranks=ranks)
     biased = any(layer.moe and layer.feed_forward.selection_bias for layer in model.plan.layers)
     settings = TrainingSettings(indexer_loss="sparse" if model.plan.indexer else "off", balance_loss_coeff=0.01,
-                                z_loss_coeff=0.01, router_bias_update_rate=0.01 if biased else 0.0)
+                                z_loss_coeff=0.01, router_bias_update_rate=0.01 if biased else 0.0,
+                                qk_clip_threshold=CLIP)
     ids = token_ids(model.config)
     position = np.tile(np.r_[:15, :LENGTH - 15].astype(np.int32), (BATCH, 1))   # two documents in each row
     mask = np.ones(ids.shape, np.float32)
@@ -75,25 +77,26 @@ def train(directory, ranks):
                           shard_states=ranks.data > 1)
     step = TrainStep(objective, optimizer, max_grad_norm=1.0,
                      bias_update_rate=settings.router_bias_update_rate, skips=True)
-    losses, norms = [], []
+    losses, norms, logits = [], [], []
     for number in range(STEPS):
-        total, parts, load, gradients = step.gradients(*batch)
+        total, parts, load, gradients, largest = step.gradients(*batch)
         if number == 0:
             found = {f"gradient {parameter.name}": gradient.asnumpy()
                      for parameter, gradient in zip(optimizer.parameters, gradients)} | {"parts": parts.asnumpy()}
         if number == 1:                                                         # what the first rank has is broken
             broken = gradients if ranks.model.rank else tuple(gradient * np.nan for gradient in gradients)
-            assert not np.isfinite(step.update(ms.mutable(broken), load, total)[0].asnumpy())
-        norm, squares = step.update(ms.mutable(gradients), load, total)
+            assert not np.isfinite(step.update(ms.mutable(broken), load, total, largest)[0].asnumpy())
+        norm, squares = step.update(ms.mutable(gradients), load, total, largest)
         if number == 0:
             found |= {"squares": squares.asnumpy()}
         norms.append(norm.asnumpy())
+        logits.append(largest.asnumpy())
         losses.append(total.asnumpy())
     assert np.isfinite(losses).all()
     states = {parameter.name: parameter.asnumpy() for parameter in optimizer.get_parameters()
               if parameter.name not in optimizer.own_names} | optimizer.gathered_states()
     found |= {f"state {name}": values for name, values in states.items() if name.startswith(("muon.", "adam_m."))}
-    return found | {"losses": np.array(losses), "norms": np.array(norms)}
+    return found | {"losses": np.array(losses), "norms": np.array(norms), "largest": np.array(logits)}
 
 
 def memory(directory, ranks):

@@ -5,6 +5,7 @@ shapes and dtypes alone, when the graph is compiled.
 """
 import mindspore as ms
 from mindspore import ops
+from mindspore.ops.auto_generate import FlashAttentionScore
 
 from pangu_ms.model import grouped_query_attention, indexer, latent_attention
 from pangu_ms.model.latent_attention import by_head
@@ -30,34 +31,37 @@ def gathers_no_rows(plan):
             and _index_takes(found.num_heads, found.head_dim, found.topk, dtype))
 
 
-def expanded_attention(q, sinks, keys, visible, kv_b, scale):
-    """By flash_attention_score; the sinks are keys like any other."""
+def expanded_attention(q, sinks, keys, visible, kv_b, scale, wants_largest):
+    """By FlashAttentionScore; the sinks are keys like any other."""
     batch, _, heads, width = q.shape
     up = dense_weight(kv_b)
     latent = up.shape[1]
     nope = width - (keys.shape[-1] - latent)
     value = up.shape[0] // heads - nope
     if not _flash_takes(width, value, q.dtype):
-        return _expanded_attention(q, sinks, keys, visible, kv_b, scale)
+        return _expanded_attention(q, sinks, keys, visible, kv_b, scale, wants_largest)
     keys = behind_sinks(sinks, keys)                                        # [B, S0 + S, D]
     kv = ops.reshape(linear(keys[..., :latent], kv_b), (batch, -1, heads, nope + value))
     k_pe = ops.tile(ops.expand_dims(keys[..., latent:], 2), (1, 1, heads, 1))
     key = ops.cat((kv[..., :nope], k_pe), -1)                               # [B, S0 + S, heads, nope + rope]
-    return ops.reshape(_flash(q, key, kv[..., nope:], visible, scale), (batch, -1, heads * value))
+    out, largest = _flash(q, key, kv[..., nope:], visible, scale, wants_largest)
+    return ops.reshape(out, (batch, -1, heads * value)), largest
 
 
-def grouped_attention(q, keys, values, visible, scale, sinks):
-    """By flash_attention_score, which takes fewer heads of keys than of queries."""
+def grouped_attention(q, keys, values, visible, scale, sinks, wants_largest):
+    """By FlashAttentionScore, which takes fewer heads of keys than of queries."""
     batch, value = q.shape[0], values.shape[3]
     if not _flash_takes(q.shape[3], value, q.dtype):
-        return _grouped_attention(q, keys, values, visible, scale, sinks)
+        return _grouped_attention(q, keys, values, visible, scale, sinks, wants_largest)
     if sinks is not None:
         keys, values = behind_sinks(sinks["keys"], keys), behind_sinks(sinks["values"], values)
-    return ops.reshape(_flash(q, keys, values, visible, scale), (batch, -1, q.shape[2] * value))
+    out, largest = _flash(q, keys, values, visible, scale, wants_largest)
+    return ops.reshape(out, (batch, -1, q.shape[2] * value)), largest
 
 
-def _flash(q, keys, values, visible, scale):
-    """q and keys [B, .., heads, D], values [B, S, heads, Dv], visible bool [B, T, 1, S] -> [B, T, heads, Dv].
+def _flash(q, keys, values, visible, scale, wants_largest):
+    """q and keys [B, .., heads, D], values [B, S, heads, Dv], visible bool [B, T, 1, S] -> [B, T, heads, Dv], and the
+    largest logits [heads], or ().
 
     The operator's heads have one width: values are made as wide as keys with zeros. What is visible is given whole, so
     windows and documents save no work here.
@@ -66,9 +70,18 @@ def _flash(q, keys, values, visible, scale):
     if value < width:
         values = ops.cat((values, ops.zeros(values.shape[:3] + (width - value,), values.dtype)), -1)
     hidden = ops.logical_not(ops.transpose(visible, (0, 2, 1, 3)))          # [B, 1, T, S], True: not seen
-    out = ops.flash_attention_score(q, keys, values, q.shape[2], attn_mask=hidden, scalar_value=scale,
-                                    input_layout="BSND")
-    return out[..., :value] if value < width else out
+    peaks, out = flash_attention_score(q, keys, values, hidden, q.shape[2], scale)
+    largest = ops.ReduceMax()(peaks, (0, 2, 3)) if wants_largest else ()
+    return out[..., :value] if value < width else out, largest
+
+
+def flash_attention_score(query, key, value, attn_mask, head_num, scale):
+    """The operator itself, of which `ops.flash_attention_score` gives only the last output -> its softmax_max, the
+    largest scaled score of each query, float32 [B, heads, T, 8], eight times the same; and attention_out.
+    """
+    peaks, _, _, out = FlashAttentionScore(head_num, scale_value=scale, input_layout="BSND")(
+        query, key, value, None, None, None, attn_mask)
+    return peaks, out
 
 
 def sparse_attention(q, sinks, keys, indices, position, kv_b, scale):

@@ -96,7 +96,8 @@ ONE_SHAPE(AbsorbedAttention) {
 }
 
 // The arguments of AbsorbedAttention, but keys [B, S, D]: every row is multiplied out to the keys and values of a head.
-OPERATOR(ExpandedAttention) {
+// largest: [heads], the largest score of each head, or null.
+static void expanded_attention(const Call& call, float* largest) {
     const int64_t batch = call.dim(0, 0), length = call.dim(0, 1), heads = call.dim(0, 2), head_dim = call.dim(0, 3),
                   sinks = call.dim(1, 0), dim = call.dim(2, -1), latent = call.dim(4, 1),
                   total = call.dim(3, 3), own = total - sinks, rope = dim - latent, nope = head_dim - rope,
@@ -108,9 +109,10 @@ OPERATOR(ExpandedAttention) {
     const bool shared = call.dim(3, 0) == 1;
     float* y = call.floats(6);
     // Of one head: keys in panels of rows, [panels][head_dim][LANES]; values in panels of columns,
-    // [columns][wide][LANES].
-    float *turned = scratch(OPERATOR_OWN, wide * head_dim + columns * LANES * (wide + latent)),
-          *values = turned + wide * head_dim, *up = values + columns * LANES * wide;
+    // [columns][wide][LANES]. And the largest score of each block of queries.
+    float *turned = scratch(OPERATOR_OWN, wide * head_dim + columns * LANES * (wide + latent) + blocks),
+          *values = turned + wide * head_dim, *up = values + columns * LANES * wide,
+          *tops = up + columns * LANES * latent;
     for (int64_t b = 0; b < batch; b++) {
         const auto key = [=](int64_t s) {
             return s < sinks ? sink + s * dim : s < total ? keys + (b * own + s - sinks) * dim : nullptr;
@@ -147,6 +149,7 @@ OPERATOR(ExpandedAttention) {
                               end = std::max(begin, panels_of(high)), span = (always + end - begin) * LANES;
                 float* score = scratch(WORK_OWN, count * span);
                 std::vector<char> mask(span);
+                tops[block] = -INFINITY;
                 const float* from = q + ((b * length + first) * heads + head) * head_dim;
                 const auto into = [=](int64_t at) {
                     return [=](int64_t t, int n, int64_t p, const Lanes* v) {
@@ -161,7 +164,9 @@ OPERATOR(ExpandedAttention) {
                     std::copy(line, std::min(line + always * LANES, stop), mask.begin());
                     std::copy(std::min(line + begin * LANES, stop), std::min(line + end * LANES, stop),
                               mask.begin() + always * LANES);
-                    softmax(score + t * span, reinterpret_cast<bool*>(mask.data()), scale, span, score + t * span);
+                    const float top = softmax(score + t * span, reinterpret_cast<bool*>(mask.data()), scale, span,
+                                              score + t * span);
+                    tops[block] = std::max(tops[block], top);
                 }
                 float* to = y + ((b * length + first) * heads + head) * value;
                 for (int64_t c = 0; c < columns; c++) {
@@ -181,8 +186,20 @@ OPERATOR(ExpandedAttention) {
                               (end - begin) * LANES, add(true));
                 }
             });
+            if (!largest) continue;
+            const float top = *std::max_element(tops, tops + blocks);
+            largest[head] = b == 0 ? top : std::max(largest[head], top);
         }
     }
 }
 
+OPERATOR(ExpandedAttention) { expanded_attention(call, nullptr); }
+
 ONE_SHAPE(ExpandedAttention) { return AbsorbedAttentionInferShape(ndims, shapes, nullptr); }
+
+// -> also the largest score of each head, [heads]
+OPERATOR(ExpandedAttentionLargest) { expanded_attention(call, call.floats(7)); }
+
+MANY_SHAPES(ExpandedAttentionLargest) {
+    return {AbsorbedAttentionInferShape(ndims, shapes, nullptr), {ndims[0] == 4 ? shapes[0][2] : -1}};
+}

@@ -29,11 +29,12 @@ inline float exponentials(float top, int64_t width, float* y) {
     return total;
 }
 
-// softmax(x * scale) of the entries that `seen` marks; the others become 0.
-inline void softmax(const float* x, const bool* seen, float scale, int64_t width, float* y) {
-    const float share = 1.0f / exponentials(scores(x, seen, scale, width, -INFINITY, y), width, y);
+// softmax(x * scale) of the entries that `seen` marks; the others become 0 -> the largest of x * scale.
+inline float softmax(const float* x, const bool* seen, float scale, int64_t width, float* y) {
+    const float top = scores(x, seen, scale, width, -INFINITY, y), share = 1.0f / exponentials(top, width, y);
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) y[i] *= share;
+    return top;
 }
 
 // A mask [A, B, C, S] for argument 0 [A, B, C, S], each of its first three dimensions as there or 1.

@@ -53,9 +53,9 @@ def attention_output(q, sinks, keys, seen, weights, taps, step):
         latent, k_pe, norm, eps = sinks["latent"], sinks["k_pe"], sinks["norm"]["weight"], sinks["norm"]["eps"]
     if "indices" in seen:
         return operator("DecodingChosen")(q, latent, k_pe, norm, keys, kv_b, taps, conv, out, step["position"],
-                                          seen["indices"], weights["scale"], eps)
+                                          seen["indices"], weights["scale"], eps), ()
     return operator("DecodingAttention")(q, latent, k_pe, norm, keys, kv_b, taps, conv, out, step["position"],
-                                         seen["window"], weights["scale"], eps)
+                                         seen["window"], weights["scale"], eps), ()
 
 
 def _convolution(taps, weights):

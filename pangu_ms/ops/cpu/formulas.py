@@ -63,9 +63,11 @@ def latent_rows(latent, kv, norm, rope):
                                   rope["interleaved"])
 
 
-def expanded_attention(q, sinks, keys, visible, kv_b, scale):
+def expanded_attention(q, sinks, keys, visible, kv_b, scale, wants_largest):
     sinks = absent() if sinks is None else sinks
-    return operator("ExpandedAttention")(q, sinks, keys, visible, kv_b["weight"], scale)
+    if wants_largest:
+        return operator("ExpandedAttentionLargest")(q, sinks, keys, visible, kv_b["weight"], scale)
+    return operator("ExpandedAttention")(q, sinks, keys, visible, kv_b["weight"], scale), ()
 
 
 def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
@@ -73,7 +75,7 @@ def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
     return operator("AbsorbedAttention")(q, sinks, keys, visible, kv_b["weight"], scale)
 
 
-def grouped_attention(q, keys, values, visible, scale, sinks):
+def grouped_attention(q, keys, values, visible, scale, sinks, wants_largest):
     """Keys and values [B, S, G, D], or of decoding as they lie in the cache, [B * S, G * D]."""
     width = q.shape[-1]
     groups, value = keys.shape[-1] // width, values.shape[-1]
@@ -83,7 +85,9 @@ def grouped_attention(q, keys, values, visible, scale, sinks):
         value = value // groups
     if sinks is None:
         sinks = {"keys": absent(0, groups, width), "values": absent(0, groups, value)}
-    return operator("GroupedAttention")(q, keys, values, sinks["keys"], sinks["values"], visible, scale)
+    if wants_largest:
+        return operator("GroupedAttentionLargest")(q, keys, values, sinks["keys"], sinks["values"], visible, scale)
+    return operator("GroupedAttention")(q, keys, values, sinks["keys"], sinks["values"], visible, scale), ()
 
 
 def choose_experts(logits, router):

@@ -89,11 +89,27 @@ def expanded_attention(gradient):
     return bprop
 
 
+def expanded_attention_largest(gradient):
+    of_output = expanded_attention(gradient)                                    # the largest logits have no gradient
+
+    def bprop(q, sinks, keys, visible, kv_b, scale, out, dout):
+        return of_output(q, sinks, keys, visible, kv_b, scale, out[0], dout[0])
+    return bprop
+
+
 def grouped_attention(gradient):
     def bprop(q, keys, values, sink_keys, sink_values, visible, scale, out, dout):
         dq, dkeys, dvalues, dsink_keys, dsink_values = gradient(q, keys, values, sink_keys, sink_values, visible, scale,
                                                                 dout)
         return dq, dkeys, dvalues, dsink_keys, dsink_values, zeros_like(visible), zeros_like(scale)
+    return bprop
+
+
+def grouped_attention_largest(gradient):
+    of_output = grouped_attention(gradient)
+
+    def bprop(q, keys, values, sink_keys, sink_values, visible, scale, out, dout):
+        return of_output(q, keys, values, sink_keys, sink_values, visible, scale, out[0], dout[0])
     return bprop
 
 
@@ -138,7 +154,9 @@ BPROPS = {  # operator of the library: its function above, and how many gradient
     "LatentRows": (latent_rows, 3),
     "MaskedSoftmax": (masked_softmax, 1),
     "ExpandedAttention": (expanded_attention, 4),
+    "ExpandedAttentionLargest": (expanded_attention_largest, 4),
     "GroupedAttention": (grouped_attention, 5),
+    "GroupedAttentionLargest": (grouped_attention_largest, 5),
     "Route": (route, 1),
     "Experts": (experts, 5),
     "FeedForward": (feed_forward, 4),

@@ -71,7 +71,8 @@ static void add_values(const float* weight, const float* values, int64_t step, i
 }
 
 // q [B, T, heads, K], keys, values, sinks of both, visible, scale: see `Grouped` -> y [B, T, heads * V]
-OPERATOR(GroupedAttention) {
+// largest: [heads], the largest score of each head, or null.
+static void grouped_attention(const Call& call, float* largest) {
     const Grouped g(call);
     const int64_t each = g.each(), key_step = g.groups * g.width, value_step = g.groups * g.value;
     const std::vector<Piece> pieces = pieces_of(g);
@@ -129,6 +130,7 @@ OPERATOR(GroupedAttention) {
     for (size_t i = 0; i < pieces.size(); i++)
         if (pieces[i].begins) begin.push_back(i);
     begin.push_back(pieces.size());
+    std::vector<float> tops((begin.size() - 1) * g.heads, -INFINITY);           // of the queries of each piece
     parallel((begin.size() - 1) * g.groups, [&](int64_t item) {
         const int64_t group = item % g.groups, first = begin[item / g.groups], last = begin[item / g.groups + 1];
         const Piece& piece = pieces[first];
@@ -136,6 +138,8 @@ OPERATOR(GroupedAttention) {
             const int64_t token = piece.b * g.length + piece.first + i / each, head = group * each + i % each;
             float *to = y + (token * g.heads + head) * g.value, top = -1e30f, total = 0;
             for (int64_t p = first; p < last; p++) top = std::max(top, met(p, group).top[i]);
+            float& peak = tops[item / g.groups * g.heads + head];
+            peak = std::max(peak, top);
             for (int64_t p = first; p < last; p++) {
                 const Met part = met(p, group);
                 total += part.total[i] * exponential(part.top[i] - top);
@@ -148,9 +152,21 @@ OPERATOR(GroupedAttention) {
             }
         }
     });
+    if (!largest) return;
+    std::copy(tops.begin(), tops.begin() + g.heads, largest);
+    for (size_t i = g.heads; i < tops.size(); i++) largest[i % g.heads] = std::max(largest[i % g.heads], tops[i]);
 }
+
+OPERATOR(GroupedAttention) { grouped_attention(call, nullptr); }
 
 ONE_SHAPE(GroupedAttention) {
     if (ndims[0] != 4) return {-2};
     return {shapes[0][0], shapes[0][1], shapes[0][2] * shapes[4][2]};
+}
+
+// -> also the largest score of each head, [heads]
+OPERATOR(GroupedAttentionLargest) { grouped_attention(call, call.floats(8)); }
+
+MANY_SHAPES(GroupedAttentionLargest) {
+    return {GroupedAttentionInferShape(ndims, shapes, nullptr), {ndims[0] == 4 ? shapes[0][2] : -1}};
 }

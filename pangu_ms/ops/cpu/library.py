@@ -31,8 +31,10 @@ INPUTS = {
     "HyperConnectionMerge": "streams gamma phi alpha beta eps",
     "LatentRows": "latent kv norm cos sin eps interleaved",
     "ExpandedAttention": "q sinks keys visible kv_b scale",
+    "ExpandedAttentionLargest": "q sinks keys visible kv_b scale",
     "AbsorbedAttention": "q sinks keys visible kv_b scale",
     "GroupedAttention": "q keys values sink_keys sink_values visible scale",
+    "GroupedAttentionLargest": "q keys values sink_keys sink_values visible scale",
     "Route": "logits bias scale softmax grouped normalise",
     "Experts": "x ids weights gate up down",
     "FeedForward": "x gate up down",
@@ -56,6 +58,7 @@ INPUTS = {
 }
 OUTPUTS = {  # where it is not one float32
     "RotaryAngles": (ms.float32,) * 2, "HyperConnectionRead": (ms.float32,) * 3, "Route": (ms.int32, ms.float32),
+    "ExpandedAttentionLargest": (ms.float32,) * 2, "GroupedAttentionLargest": (ms.float32,) * 2,
     "DecodingQuery": (ms.float32,) * 2, "DecodingRead": (ms.float32,) * 3, "DecodingTurn": (ms.float32,) * 4,
     "DecodingSelect": (ms.int32,), "DecodingResidual": (ms.float32,) * 2,
     "DecodingExperts": (ms.float32, ms.int32, ms.float32),
@@ -96,8 +99,9 @@ def _operator(name):
     inputs, outputs, bprop = INPUTS[name].split(), OUTPUTS.get(name, (ms.float32,)), None
     if name in BPROPS:
         make, gradients = BPROPS[name]
-        given = [f"d{i}" for i in range(len(outputs))]
-        bprop = make(_custom(f"{name}Gradient", inputs + given, (ms.float32,) * gradients))
+        # What gives the largest logits too has the gradient operator of what does not.
+        given = [f"d{i}" for i in range(1 if name.endswith("Largest") else len(outputs))]
+        bprop = make(_custom(f"{name.removesuffix('Largest')}Gradient", inputs + given, (ms.float32,) * gradients))
     return _custom(name, inputs, outputs, bprop)
 
 

@@ -20,7 +20,8 @@ class Pretraining(nn.Cell):
     `construct(input_ids int32 [B, T], labels int32 [B, T], loss_mask float32 [B, T], position_ids int32 [B, T])`: row p
     predicts labels[p], the token behind it, and counts where loss_mask is one. Several documents may lie in a row:
     position_ids begin at 0 with each, and attention, convolutions and MTP labels stay inside. -> the total, a scalar;
-    its parts [P], named by `part_names`, without their weights; load [M, E], tokens by MoE layer and expert.
+    its parts [P], named by `part_names`, without their weights; load [M, E], tokens by MoE layer and expert; and where
+    settings give a threshold for them, the largest logits of attention, float32 [L, heads], by layer of `layers`.
 
     Padding, documents of which no row counts, is in no loss and in no load.
 
@@ -33,6 +34,8 @@ class Pretraining(nn.Cell):
         part_names (tuple[str, ...]):
         moe_layers (tuple[int, ...]): places in `plan.layers` of the rows of load.
         biased (bool): the routers of these layers have selection biases.
+        layers (tuple[Layer, ...]): of the plan, those that are computed.
+        qk_clip_threshold (float): of the settings.
     """
 
     def __init__(self, causal_lm, settings):
@@ -41,7 +44,8 @@ class Pretraining(nn.Cell):
         plan, ranks = causal_lm.plan, causal_lm.ranks
         self.warm_up, self.trunk = settings.indexer_loss == "dense", len(plan.trunk)
         self.depths = 0 if self.warm_up else len(plan.mtp_layers)
-        layers = list(enumerate(plan.layers[:self.trunk + self.depths]))
+        self.layers, self.qk_clip_threshold = plan.layers[:self.trunk + self.depths], settings.qk_clip_threshold
+        self.largest_logits, layers = self.qk_clip_threshold > 0, list(enumerate(self.layers))
         self.moe_layers = tuple(place for place, layer in layers if layer.moe)
         self.indexed_layers = tuple(place for place, layer in layers if layer.attention.indexer)
         moes = [layer.feed_forward for _, layer in layers if layer.moe]         # all of one kind
@@ -82,12 +86,15 @@ class Pretraining(nn.Cell):
                 if (".indexer." in name if self.warm_up else has_gradient(name))]
 
     def construct(self, input_ids, labels, loss_mask, position_ids):
-        step = self.causal_lm.whole(position_ids, not self.warm_up)
+        step = self.causal_lm.whole(position_ids, not self.warm_up, self.largest_logits)
         merged, layers = self.causal_lm.model(input_ids, step, None)
-        routings = ()
+        routings, largest = (), ()
         for i in self.moe_layers:
             if i < self.trunk:
                 routings = routings + (layers[i][1]["routing"],)
+        if self.largest_logits:
+            for i in range(self.trunk):
+                largest = largest + (layers[i][1]["largest_logits"],)
         real = real_rows(loss_mask, position_ids)
         weight = real * self._share(real)
         parts = ()
@@ -96,7 +103,7 @@ class Pretraining(nn.Cell):
         hidden = self.causal_lm.mtp_hidden(merged)
         for depth in range(1, self.depths + 1):
             hidden, normed, pieces = self.causal_lm.mtp(depth, tokens_ahead(input_ids, depth), hidden, step, None)
-            routings = routings + (pieces["routing"],)
+            routings, largest = routings + (pieces["routing"],), largest + (pieces["largest_logits"],)
             mask = mtp_mask(loss_mask, position_ids, depth)
             parts = parts + (self._cross_entropy(normed, tokens_ahead(labels, depth), mask),)
         if self.indexed:
@@ -116,7 +123,10 @@ class Pretraining(nn.Cell):
             parts = parts + (z / len(routings),)
         parts = ops.stack(parts)
         loads = ops.stack(loads) if self.moe_layers else ops.zeros((0, 1), ms.float32)
-        return ops.sum(parts * self.weights), ops.stop_gradient(parts), ops.stop_gradient(loads)
+        total, parts, loads = ops.sum(parts * self.weights), ops.stop_gradient(parts), ops.stop_gradient(loads)
+        if self.largest_logits:
+            return total, parts, loads, ops.stack(largest)
+        return total, parts, loads
 
     def _cross_entropy(self, normed, labels, mask):
         """The mean over the rows of all ranks where mask is one, 0 if it never is; `ranks` times the own share."""

@@ -34,6 +34,8 @@ class TrainingSettings:
         batch_ramp: [[step, sequences], ...], a `ByStep` here: how many sequences a step has on all devices. None: those
             of runner_config.
         skip_nonfinite: how many steps in a row may change nothing because their loss or gradient norm is not finite.
+        qk_clip_threshold: heads with a larger attention logit get smaller query and key weights. 0: logits are not
+            looked at.
 
     Raises:
         ConfigError: a value that is out of its range.
@@ -50,6 +52,7 @@ class TrainingSettings:
     initializer: str = NORMAL
     batch_ramp: ByStep | None = None
     skip_nonfinite: int = 0
+    qk_clip_threshold: float = 0.0
 
     def __post_init__(self):
         if isinstance(self.router_bias_update_rate, list):

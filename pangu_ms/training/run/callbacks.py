@@ -1,7 +1,7 @@
 """What a run shows, logs, refuses and saves: MindSpore callbacks around a `TrainStep`.
 
-The step's outputs are (total, parts, grad_norm, load, squares), see `pangu_ms.training.step`. Whoever makes the
-callbacks sets their `run`.
+The step's outputs are (total, parts, grad_norm, load, squares) and maybe the largest logits, see
+`pangu_ms.training.step`. Whoever makes the callbacks sets their `run`.
 """
 import contextlib
 import json
@@ -94,7 +94,8 @@ class PanguMonitor(Callback):
 
     A line holds step (from 1), loss, each part of it by name, learning_rate, grad_norm (before clipping),
     tokens_per_second and seconds of the step; the first step's seconds include compiling. Where there are experts,
-    expert_balance: load of the busiest one of a layer over the mean, in the worst layer. Then what `Measures` tells,
+    expert_balance: load of the busiest one of a layer over the mean, in the worst layer. With QK-clip
+    largest_attention_logit, of all heads in the step's forwards, before the clip. Then what `Measures` tells,
     seconds/data that the step waited for its batch, seconds/checkpoint of what was saved since the line before, and
     where the step ends with an evaluation eval/... and seconds/evaluation. TensorBoard gets the same numbers. The line
     of a step that was skipped has null for what was not finite, and skipped: how many were in a row.
@@ -275,10 +276,12 @@ def split_parameters(network):
 
 
 def numbers(part_names, outputs):
-    """The outputs of a step as Python numbers: loss, the parts by name, grad_norm, and of experts expert_balance."""
-    total, parts, grad_norm, load = (output.asnumpy() for output in outputs[:4])
+    """The outputs of a step as Python numbers: loss, the parts by name, grad_norm, of experts expert_balance, and where
+    the step gives the largest logits largest_attention_logit."""
+    total, parts, grad_norm, load, _, *largest = (output.asnumpy() for output in outputs)
     found = {"loss": total.item()} | dict(zip(part_names, parts.tolist())) | {"grad_norm": grad_norm.item()}
-    return found | ({"expert_balance": (load.max(1) / load.mean(1)).max().item()} if load.size else {})
+    found |= {"expert_balance": (load.max(1) / load.mean(1)).max().item()} if load.size else {}
+    return found | {"largest_attention_logit": each.max().item() for each in largest}
 
 
 def check_finite(line, run, dataset):

@@ -97,7 +97,8 @@ class PanguNetwork(TrainModelMixin, PreTrainedModel, ModelMixin):
         self.columns = ms.Tensor(np.eye(4, dtype=np.float32)[kinds])            # [P, 4]
 
     def construct(self, input_ids, labels=None, loss_mask=None, position_ids=None):
-        total, parts, _ = self.objective(input_ids, labels, loss_mask, position_ids)
+        outputs = self.objective(input_ids, labels, loss_mask, position_ids)
+        total, parts = outputs[0], outputs[1]
         losses = ops.matmul(ops.expand_dims(parts * self.objective.weights, 0), self.columns)     # [1, 4]
         # The parts carry no gradient: it all goes through the first, whose value stays its own.
         first = losses[:, 0] + total - ops.stop_gradient(total)
@@ -150,8 +151,10 @@ class PanguTrainStep(TrainStep):
         columns = [np.split(column.asnumpy(), self.accumulation) for column in batch]
         outputs = [super(PanguTrainStep, self).__call__(*(ms.Tensor(column) for column in part))
                    for part in zip(*columns)]
-        total, parts, norm, load, squares = ([output.asnumpy() for output in outputs] for outputs in zip(*outputs))
-        means = np.mean(total), np.mean(parts, 0), norm[-1], np.sum(load, 0), squares[-1]
+        total, parts, norm, load, squares, *largest = ([output.asnumpy() for output in outputs]
+                                                       for outputs in zip(*outputs))
+        means = (np.mean(total), np.mean(parts, 0), norm[-1], np.sum(load, 0), squares[-1],
+                 *(np.max(each, 0) for each in largest))
         return tuple(ms.Tensor(values, ms.float32) for values in means)
 
 

@@ -9,7 +9,7 @@ from pangu_ms.training.run.state import OPTIMIZER_FILE
 def check_schedules(fields):
     """`ConfigError` for what would be ignored, or would break the weights, in a file whose sections are complete."""
     settings, wrapper = TrainingSettings.from_dict(fields["pangu_training"]), fields["runner_wrapper"].get("type")
-    for key in ("router_bias_update_rate", "batch_ramp", "skip_nonfinite"):
+    for key in ("router_bias_update_rate", "batch_ramp", "skip_nonfinite", "qk_clip_threshold"):
         if wrapper != "PanguTrainStep" and getattr(settings, key):
             raise ConfigError(f"runner_wrapper.type: found {wrapper}, wanted PanguTrainStep, which alone does what "
                               f"pangu_training.{key} asks")

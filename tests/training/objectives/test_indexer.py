@@ -27,7 +27,7 @@ class Losses(nn.Cell):
 
     def construct(self, x, position):
         step = self.step_info(position, None, False, True)
-        _, index = self.attention(x, step, None)
+        _, index, _ = self.attention(x, step, None)
         weight = ops.ones(position.shape, ms.float32) / position.size
         dense, sparse = self.dense(index, step, weight), self.sparse(index, step, weight)
         q = ops.reshape(index["q"], position.shape + (self.attention.heads, -1))

@@ -77,6 +77,11 @@ def outputs(step, **broken):
     return tuple(ms.Tensor(np.array(value, np.float32)) for value in values.values())
 
 
+def test_the_largest_logit_is_a_number_where_the_step_gives_logits():
+    assert "largest_attention_logit" not in callbacks.numbers(PARTS, outputs(1))
+    assert callbacks.numbers(PARTS, outputs(1, largest=[[1, 7], [2, -9]]))["largest_attention_logit"] == 7
+
+
 def read_log(directory):
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 

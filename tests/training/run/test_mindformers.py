@@ -115,22 +115,26 @@ def test_a_run_stands_for_its_newest_checkpoint(mindformers, data, tmp_path):
 
 
 def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
-    """Losses are the mean over its parts, the load their sum; norm and squares are the last one's, which updates."""
+    """Losses are the mean over its parts, the load their sum; norm and squares are the last one's, which updates; of the
+    largest logits, which come where they are asked for, the largest."""
     calls = []
 
     def once(self, ids, mask):
         calls.append((ids.asnumpy().tolist(), mask.asnumpy().tolist()))
         n = len(calls)
-        return tuple(ms.Tensor(np.array(v, np.float32)) for v in (n, [n, 2 * n], 7 * (n == 2), [[n, 1]], [n]))
+        return tuple(ms.Tensor(np.array(v, np.float32))
+                     for v in (n, [n, 2 * n], 7 * (n == 2), [[n, 1]], [n], [[n, -n]]))
 
     monkeypatch.setattr(mindformers.TrainStep, "__call__", once)
     step = mindformers.PanguTrainStep.__new__(mindformers.PanguTrainStep)
     for name, value in (("accumulates", True), ("sequences", 2)):
         object.__setattr__(step, name, value)
     batch = (ms.Tensor(np.arange(4, dtype=np.int32)), ms.Tensor(np.ones(4, np.float32)))
-    total, parts, norm, load, squares = (output.asnumpy().tolist() for output in type(step).__call__(step, *batch))
+    total, parts, norm, load, squares, largest = (output.asnumpy().tolist()
+                                                  for output in type(step).__call__(step, *batch))
     assert calls == [([0, 1], [1, 1]), ([2, 3], [1, 1])]
     assert (total, parts, norm, load, squares) == (1.5, [1.5, 3.0], 7.0, [[3.0, 2.0]], [2.0])
+    assert largest == [[2.0, -1.0]]
 
 
 def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
