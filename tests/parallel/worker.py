@@ -82,7 +82,8 @@ def train(directory, ranks):
                      for parameter, gradient in zip(optimizer.parameters, gradients)} | {"parts": parts.asnumpy()}
         norm, squares = step.update(ms.mutable(gradients), load)
         if number == 0:
-            found |= {"squares": squares.asnumpy()}
+            order = np.argsort([parameter.name for parameter in optimizer.parameters])       # ranks group otherwise
+            found |= {"squares": squares.asnumpy()[order]}
         norms.append(norm.asnumpy())
         losses.append(total.asnumpy())
     states = {parameter.name: parameter.asnumpy() for parameter in optimizer.get_parameters()
