@@ -88,7 +88,8 @@ def train(directory, ranks):
             assert not np.isfinite(step.update(ms.mutable(broken), load, total, largest)[0].asnumpy())
         norm, squares = step.update(ms.mutable(gradients), load, total, largest)
         if number == 0:
-            found |= {"squares": squares.asnumpy()}
+            order = np.argsort([parameter.name for parameter in optimizer.parameters])       # ranks group otherwise
+            found |= {"squares": squares.asnumpy()[order]}
         norms.append(norm.asnumpy())
         logits.append(largest.asnumpy())
         losses.append(total.asnumpy())

@@ -39,8 +39,8 @@ def test_norms_by_part_and_load_by_layer(step):
     found = Measures(step)(outputs(step), LENGTH, 1e6)
     names = [parameter.name for parameter in step.optimizer.parameters]
     norms = {name.partition("/")[2]: value for name, value in found.items() if name.startswith("grad_norm/")}
-    assert norms.keys() == {"embedding", "head", "attention", "indexer", "dense_mlp", "shared_expert", "expert", "router",
-                            "mtp", "other"}
+    assert norms.keys() == {"embedding", "head", "attention", "indexer", "dense_mlp", "shared_expert", "expert",
+                            "router", "mtp", "other"}
     assert sum(value ** 2 for value in norms.values()) == pytest.approx(4 * len(names))
     assert norms["mtp"] ** 2 == 4 * sum(".layers.2." in name for name in names)
     assert norms["indexer"] ** 2 == 4 * sum(".indexer." in name for name in names)
