@@ -126,6 +126,15 @@ def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
     assert (total, parts, norm, load) == (1.5, [1.5, 3.0], 7.0, [[3.0, 2.0]])
 
 
+def test_what_saves_is_called_last(mindformers):
+    """Of all callbacks: the log has a step's line before its checkpoint is there."""
+    trainer, run = object.__new__(mindformers.PanguTrainer), object()
+    trainer.run = run
+    checkpoint, monitor, other = mindformers.PanguCheckpoint(), mindformers.PanguMonitor(), ms.Callback()
+    assert trainer.sort_callbacks([checkpoint, monitor, other]) == [monitor, other, checkpoint]
+    assert checkpoint.run is monitor.run is run
+
+
 def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
     documents = SimpleNamespace(ids=np.array([3, 90, 5]))
     seen = []
