@@ -212,7 +212,7 @@ class PanguCheckpoint(Callback):
             raise PanguError(f"callbacks.PanguCheckpoint.async_save: found {async_save!r}, wanted True or False")
         self.every, self.keep = save_checkpoint_steps, keep_checkpoint_max
         self.background = Background() if async_save else None
-        self.opened = contextlib.ExitStack()
+        self.opened, self.copies = contextlib.ExitStack(), {}
 
     def on_train_begin(self, run_context):
         if self.background:
@@ -249,17 +249,25 @@ class PanguCheckpoint(Callback):
         run, model = self.run, network.causal_lm
         ranks = replace(model.ranks, rank=run.rank)
         holds = run.rank < ranks.model.count                                    # the others are copies
-        take, options = np.asarray, {}
-        if self.background:
-            self.background.wait()                                              # one copy in memory at a time
-            take, options = np.array, {"start": self.background.start}          # the next step changes the others
-        arrays = [{name: take(parameter.asnumpy()) for name, parameter in each.items()}
+        arrays = [{name: parameter.asnumpy() for name, parameter in each.items()}
                   for each in (split_parameters(network) if holds else ({}, {}))]
+        options = {}
+        if self.background:
+            self.background.wait()                                              # and then write over the copies
+            arrays = [{name: self._copied(name, values) for name, values in each.items()} for each in arrays]
+            options["start"] = self.background.start
         if isinstance(network.optimizer, PanguMuon):
             arrays[1] |= network.optimizer.gathered_states()                    # which all ranks put together
         state = RunState(step, run.sequences_before(step + 1), run.seed, run.fields)
         save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer, ranks,
                         lambda: collectives.wait(model.ranks), **options)
+
+    def _copied(self, name, values):
+        """A copy of what the next step changes, in memory that is kept: to ask for as much anew can take longer."""
+        if name not in self.copies:
+            self.copies[name] = np.empty_like(values)
+        np.copyto(self.copies[name], values)
+        return self.copies[name]
 
 
 def split_parameters(network):

@@ -137,6 +137,15 @@ def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
     assert largest == [[2.0, -1.0]]
 
 
+def test_what_saves_is_called_last(mindformers):
+    """Of all callbacks: the log has a step's line before its checkpoint is there."""
+    trainer, run = object.__new__(mindformers.PanguTrainer), object()
+    trainer.run = run
+    checkpoint, monitor, other = mindformers.PanguCheckpoint(), mindformers.PanguMonitor(), ms.Callback()
+    assert trainer.sort_callbacks([checkpoint, monitor, other]) == [monitor, other, checkpoint]
+    assert checkpoint.run is monitor.run is run
+
+
 def test_the_loader_gives_epochs_one_behind_the_other(mindformers, monkeypatch):
     documents = SimpleNamespace(largest_id=90)
     seen = []
