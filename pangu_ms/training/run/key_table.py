@@ -76,7 +76,6 @@ TOP = {
     "with_stack": Applied(PROFILE + "Python's stack too", BOOL),
     "data_simplification": Applied(PROFILE + "whether raw files are removed", BOOL),
     "mstx": Applied(PROFILE + "marks of steps", BOOL),
-    # flip these when evaluation and curves are there
     "do_eval": Refused("there is no evaluation during training", (False,)),
     "eval_step_interval": Refused("there is no evaluation during training", (100,)),
     "eval_epoch_interval": Refused("there is no evaluation during training", (-1,)),
@@ -93,7 +92,6 @@ TOP = {
         "max_attention_logit_format": None, "throughput_baseline": None, "print_struct": False,
         "check_for_global_norm": False, "global_norm_spike_threshold": 3.0, "global_norm_spike_count_threshold": 10,
         "stable_rank_config": None, "health_checkpoint": None},)),
-    # flip this when a stage can take states of another over
     "load_optimizer": Refused("weights alone are taken over from another run", (False,)),
     "resume_training": Refused("pangu-train --resume goes on from the newest checkpoint in output_dir", (False,)),
     "ignore_data_skip": Refused("a resumed run goes on with the sequences that it has not had", (False,)),
@@ -203,7 +201,6 @@ RECOMPUTE = {
 
 MODEL = {
     "model_config": Applied("the fields of the released config.json, and compute_dtype", or_none(MAPPING)),
-    # flip this when adapters are there
     "pet_config": Refused("no adapters are trained", ({},)),
     "arch": Refused("model.model_config.architectures says it", ({},)),
 }
