@@ -197,7 +197,6 @@ RECOMPUTE = {
 
 MODEL = {
     "model_config": Applied("the fields of the released config.json, and compute_dtype", or_none(MAPPING)),
-    # flip this when adapters are there
     "pet_config": Refused("no adapters are trained", ({},)),
     "arch": Refused("model.model_config.architectures says it", ({},)),
 }
