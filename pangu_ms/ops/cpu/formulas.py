@@ -1,15 +1,33 @@
 """Forms of single formulas, with gradients: compiled operators. Each has the name and the arguments of what it
 replaces."""
 from pangu_ms.cache import rings
+from pangu_ms.model import experts, latent_attention
+from pangu_ms.model import feed_forward as dense
+from pangu_ms.model.linear import add_bias, without_bias
+from pangu_ms.model.low_rank import has_pair, with_pair
 from pangu_ms.ops.cpu.library import absent, operator
 
 _ring_update = rings.ring_update.formula
+_expanded_attention = latent_attention.expanded_attention.formula
+_experts_gathered = experts.experts_gathered.formula
+_experts_grouped = experts.experts_grouped.formula
+_feed_forward = dense.feed_forward.formula
 
 
 def linear(x, matrix):
+    if has_pair(without_bias(matrix)):
+        return add_bias(with_pair(_product, x, without_bias(matrix)), matrix)
     if "bias" in matrix:
         return operator("LinearBias")(x, matrix["matrix"]["weight"], matrix["bias"])
     return operator("Linear")(x, matrix["weight"])
+
+
+def _product(x, matrix):
+    return operator("Linear")(x, matrix["weight"])
+
+
+def _any_pair(matrices):
+    return has_pair(matrices["gate"]) or has_pair(matrices["up"]) or has_pair(matrices["down"])
 
 
 def rms_norm(x, norm):
@@ -62,6 +80,8 @@ def latent_rows(latent, kv, norm, rope):
 
 
 def expanded_attention(q, sinks, keys, visible, kv_b, scale):
+    if has_pair(kv_b):
+        return _expanded_attention(q, sinks, keys, visible, kv_b, scale)
     sinks = absent() if sinks is None else sinks
     return operator("ExpandedAttention")(q, sinks, keys, visible, kv_b["weight"], scale)
 
@@ -90,14 +110,26 @@ def choose_experts(logits, router):
 
 
 def experts_gathered(x, ids, weights, matrices):
+    if _any_pair(matrices):
+        return _experts_gathered(x, ids, weights, matrices)
+    return _experts(x, ids, weights, matrices)
+
+
+def experts_grouped(x, ids, weights, matrices):
+    if _any_pair(matrices):
+        return _experts_grouped(x, ids, weights, matrices)
+    return _experts(x, ids, weights, matrices)
+
+
+def _experts(x, ids, weights, matrices):
+    """For any number of tokens."""
     return operator("Experts")(x, ids, weights, matrices["gate"]["weight"], matrices["up"]["weight"],
                                matrices["down"]["weight"])
 
 
-experts_grouped = experts_gathered  # one operator for any number of tokens
-
-
 def feed_forward(x, matrices):
+    if _any_pair(matrices):
+        return _feed_forward(x, matrices)
     return operator("FeedForward")(x, matrices["gate"]["weight"], matrices["up"]["weight"], matrices["down"]["weight"])
 
 
