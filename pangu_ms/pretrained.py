@@ -29,7 +29,12 @@ class PanguForCausalLM(CausalLM):
 
     Raises:
         ConfigError: it cannot be shared so (`check_ranks`).
+
+    Attributes:
+        adapter: in training what PEFT's adapter_config.json says of the adapter that is trained; None: there is none.
     """
+
+    adapter = None
 
     def __init__(self, config, ranks=None):
         device.start()

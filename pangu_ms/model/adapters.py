@@ -1,11 +1,13 @@
 """Puts the low-rank pairs of an adapter beside the matrices of a network."""
-import contextlib
+import functools
 
 import mindspore as ms
 import numpy as np
 from mindspore import nn
 
 from pangu_ms.model.linear import without_bias
+
+DROPOUT_CALL = "lora_dropout_call"  # a parameter that a resumed run needs besides the pairs, see `low_rank.dropped`
 
 
 class Factor(nn.Cell):
@@ -32,7 +34,7 @@ def attach(causal_lm, shapes, scale, dropout, seed):
     cells, names = dict(causal_lm.cells_and_names()), list(shapes)
     causal_lm.dropout_call = None
     if dropout > 0:
-        causal_lm.dropout_call = ms.Parameter(ms.Tensor([0], ms.int32), "lora_dropout_call", requires_grad=False)
+        causal_lm.dropout_call = ms.Parameter(ms.Tensor([0], ms.int32), DROPOUT_CALL, requires_grad=False)
     draw = np.random.default_rng(seed)
     for salt, (down, up) in enumerate(zip(names[::2], names[1::2])):
         cell = cells[down.removesuffix(".lora_A.weight")]
@@ -49,16 +51,17 @@ def attach(causal_lm, shapes, scale, dropout, seed):
                    "dropout": {"rate": dropout, "call": causal_lm.dropout_call, "salt": salt} if dropout > 0 else None}
 
 
-@contextlib.contextmanager
-def dropping(causal_lm):
-    """A step of training is computed in here: its pairs drop other values than those of the step before."""
-    call = getattr(causal_lm, "dropout_call", None)
-    if call is None:
-        yield
-        return
-    number = abs(call.asnumpy().item()) + 1
-    call.set_data(ms.Tensor([number], ms.int32))
-    try:
-        yield
-    finally:
-        call.set_data(ms.Tensor([-number], ms.int32))
+def dropping(step):
+    """Decorates a method of a cell with a `causal_lm` that computes gradients: pairs drop, each time other values."""
+    @functools.wraps(step)
+    def numbered(self, *batch):
+        call = getattr(self.causal_lm, "dropout_call", None)
+        if call is None:
+            return step(self, *batch)
+        number = abs(call.asnumpy().item()) + 1
+        call.set_data(ms.Tensor([number], ms.int32))
+        try:
+            return step(self, *batch)
+        finally:
+            call.set_data(ms.Tensor([-number], ms.int32))
+    return numbered

@@ -5,6 +5,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from pangu_ms.architectures.tensors import parameters
+from pangu_ms.model.adapters import dropping
 from pangu_ms.parallel import collectives
 
 
@@ -130,6 +131,7 @@ class TrainStep(nn.Cell):
         total, parts, load, gradients = self.gradients(*batch)
         return total, parts, self.update(gradients, load), load
 
+    @dropping
     def __call__(self, *batch):
         if self.accumulation == 1:
             return super().__call__(*batch)

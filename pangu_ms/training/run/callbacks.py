@@ -15,7 +15,9 @@ import numpy as np
 from mindspore.train import Callback
 from tqdm import tqdm
 
+from pangu_ms.architectures.adapters import is_adapter
 from pangu_ms.errors import PanguError
+from pangu_ms.model.adapters import DROPOUT_CALL
 from pangu_ms.parallel import collectives
 from pangu_ms.training.data.loader import source_of
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
@@ -138,15 +140,21 @@ class PanguCheckpoint(Callback):
             arrays[1] |= network.optimizer.gathered_states()                    # which all ranks put together
         state = RunState(step, step * run.sequences_per_step, run.seed, run.fields)
         save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer, ranks,
-                        lambda: collectives.wait(model.ranks))
+                        lambda: collectives.wait(model.ranks), model.adapter)
 
 
 def split_parameters(network):
-    """(the model's parameters, all others of a `TrainStep` but shards of states: moments, counters) by name."""
-    weights = {parameter.name: parameter for parameter in network.causal_lm.get_parameters()}
+    """(the model's parameters, all others of a `TrainStep` but shards of states: moments, counters) by name.
+
+    Where an adapter is trained, its parameters are in place of the model's.
+    """
+    weights = {parameter.name: parameter for parameter in network.causal_lm.get_parameters()
+               if parameter.name != DROPOUT_CALL}
     own = network.optimizer.own_names if isinstance(network.optimizer, PanguMuon) else ()
     others = {parameter.name: parameter for parameter in network.get_parameters()
               if parameter.name not in weights and parameter.name not in own}
+    if network.causal_lm.adapter:
+        weights = {name: parameter for name, parameter in weights.items() if is_adapter(name)}
     return weights, others
 
 

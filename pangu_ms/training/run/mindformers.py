@@ -10,6 +10,7 @@ import copy
 import difflib
 import inspect
 import os
+import sys
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -34,6 +35,9 @@ from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
+from pangu_ms.training.run.adapters import (
+    add_adapter, check_adapter_ranks, share_trained, take_adapter, weights_of,
+)
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run, split_parameters
 from pangu_ms.training.run.fields import complete, kept_fields
 from pangu_ms.training.run.ranks import find_ranks
@@ -51,13 +55,14 @@ for callback in (PanguMonitor, PanguCheckpoint):
 class PanguModelConfig(PretrainedConfig):
     """`model.model_config`: the fields of config.json under their names; what MindFormers adds to them is ignored."""
 
-    def __init__(self, pangu_training=None, pangu_weights=None, pangu_seed=0, pangu_ranks=None, **fields):
+    def __init__(self, pangu_training=None, pangu_weights=None, pangu_seed=0, pangu_ranks=None, pangu_adapter=None,
+                 **fields):
         member = config_class(fields)
         super().__init__(architectures=list(member.architectures))
         known = {name: fields[name] for name in member.given_fields() if name in fields}
         self.fields = {name: dict(value) if isinstance(value, dict) else value for name, value in known.items()}
         self.pangu_training, self.pangu_weights, self.pangu_seed = pangu_training or {}, pangu_weights, pangu_seed
-        self.pangu_ranks = pangu_ranks
+        self.pangu_ranks, self.pangu_adapter = pangu_ranks, pangu_adapter
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS, legacy=False, search_names=set(ARCHITECTURES))
@@ -80,6 +85,8 @@ class PanguNetwork(TrainModelMixin, PreTrainedModel, ModelMixin):
         else:
             model = PanguForCausalLM(config_from_dict(config.fields), config.pangu_ranks)
             initialize(model, config.pangu_seed, settings)
+        if config.pangu_adapter:
+            add_adapter(model, config.pangu_adapter, config.pangu_weights, config.pangu_seed)
         self.objective = Pretraining(model, settings)
         trained = {id(parameter) for parameter in self.objective.trained_parameters()}
         for parameter in model.get_parameters():                                # MindFormers asks for trainable ones
@@ -165,10 +172,13 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         weights: a checkpoint directory whose weights the model starts from.
         ranks (Ranks): with this process's place.
         shard_states: ranks that hold the same parameters share the optimizer's states.
+        adapter (Adapter): trained in place of the model.
     """
 
-    def __init__(self, model_name=None, run=None, resume=None, weights=None, ranks=Ranks(), shard_states=False):
+    def __init__(self, model_name=None, run=None, resume=None, weights=None, ranks=Ranks(), shard_states=False,
+                 adapter=None):
         super().__init__(model_name)
+        self.adapter = adapter
         self.run, self.resume, self.weights, self.ranks = run, resume, weights, ranks
         self.shard_states = shard_states
 
@@ -213,7 +223,7 @@ class PanguTrainer(CausalLanguageModelingTrainer):
     def create_network(self, default_args=None):
         """The network is told what belongs to it besides `model_config`, and which layers to compute again."""
         own = {"pangu_training": self.config.pangu_training, "pangu_weights": self.weights, "pangu_seed": self.run.seed,
-               "pangu_ranks": self.ranks}
+               "pangu_ranks": self.ranks, "pangu_adapter": self.adapter}
         network = super().create_network({**(default_args or {}), **own})
         recompute = self.config.recompute_config.recompute if self.config.recompute_config else False
         if type(recompute) is not bool:
@@ -250,7 +260,7 @@ def restore(step, directory, ranks):
     """A `TrainStep` as it was when it was saved; `ConfigError` when another version of this package saved it."""
     optimizer = step.optimizer
     sharded = optimizer.sharded_names if isinstance(optimizer, PanguMuon) else set()
-    saved = read_checkpoint(directory, ranks.model)
+    saved = read_checkpoint(directory, ranks.model, step.causal_lm.config)
     for parameters, arrays, others in zip(split_parameters(step), saved, (set(), sharded)):
         wanted = parameters.keys() | others
         if wanted != arrays.keys():
@@ -278,10 +288,13 @@ def train(fields, output_dir, resume=None, state=None):
     given = kept_fields(fields)
     if state:
         check_fields(resume, state, given)
-        fields = fields | {"load_checkpoint": resume, "pretrained_model_dir": ""}
+        fields = fields | {"load_checkpoint": weights_of(resume), "pretrained_model_dir": ""}
     fields = complete(fields)
+    adapter = take_adapter(fields)
     check_keys(fields)
     ranks = find_ranks(fields)
+    if adapter:
+        check_adapter_ranks(ranks)
     # MindSpore's own way of sharding them, behind the same key, is for its own optimizers.
     shard_states = (fields.get("parallel") or {}).pop("enable_parallel_optimizer", False)
     run = Run(output_dir, given, fields["seed"], steps=0, start=state.step if state else 0, sequences_per_step=0,
@@ -293,10 +306,13 @@ def train(fields, output_dir, resume=None, state=None):
         raise ConfigError("run_mode: found finetune without weights; give load_checkpoint or pretrained_model_dir")
     build_context(config)
     ranks = collectives.start(ranks)
-    config.trainer.update(run=run, resume=resume, weights=weights, ranks=ranks, shard_states=shard_states)
+    config.trainer.update(run=run, resume=resume, weights=weights, ranks=ranks, shard_states=shard_states,
+                          adapter=adapter)
     if config.train_dataset.data_loader.type == "PanguJsonlLoader":
         config.train_dataset.data_loader.tensor_parallel = ranks.tensor
     run.rank = get_real_rank()
+    if adapter and run.rank == 0:
+        print(share_trained(config_from_dict(fields["model"]["model_config"]), adapter), file=sys.stderr)
     Trainer(config).train()
 
 

@@ -120,7 +120,7 @@ def test_parameters_are_split_into_weights_and_the_rest(tmp_path, monkeypatch):
     weight, moment = (ms.Parameter(ms.Tensor(np.full(2, value, np.float32)), name=name)
                       for name, value in (("w", 1), ("m.w", 2)))
     network = training.parameters.train_network
-    network.causal_lm = SimpleNamespace(get_parameters=lambda: [weight], config="config", ranks=Ranks())
+    network.causal_lm = SimpleNamespace(get_parameters=lambda: [weight], config="config", ranks=Ranks(), adapter=None)
     network.get_parameters = lambda: [weight, moment]
     training(PanguCheckpoint(save_checkpoint_steps=100, keep_checkpoint_max=2))
     directory, config, weights, optimizer, state, keep, tokenizer = given.values()
