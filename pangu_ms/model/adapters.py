@@ -13,9 +13,9 @@ DROPOUT_CALL = "lora_dropout_call"  # a parameter that a resumed run needs besid
 class Factor(nn.Cell):
     """A or B of one pair, or of all experts' pairs of a layer: `weight`, in the dtype of the frozen matrix."""
 
-    def __init__(self, shape, name, dtype):
+    def __init__(self, shape, dtype):
         super().__init__()
-        self.weight = ms.Parameter(ms.Tensor(np.zeros(shape), dtype), name)
+        self.weight = ms.Parameter(ms.Tensor(np.zeros(shape), dtype))
         self.matrix = {"weight": self.weight}
 
 
@@ -35,12 +35,12 @@ def attach(causal_lm, shapes, scale, dropout, seed):
     causal_lm.dropout_call = None
     if dropout > 0:
         causal_lm.dropout_call = ms.Parameter(ms.Tensor([0], ms.int32), DROPOUT_CALL, requires_grad=False)
-    draw = np.random.default_rng(seed)
+    draw, first = np.random.default_rng(seed), causal_lm.ranks.rank * len(names)            # each rank drops by itself
     for salt, (down, up) in enumerate(zip(names[::2], names[1::2])):
         cell = cells[down.removesuffix(".lora_A.weight")]
         matrix = without_bias(cell.matrix)
         frozen, dtype = dict(matrix), matrix["weight"].dtype
-        cell.lora_A, cell.lora_B = Factor(shapes[down], down, dtype), Factor(shapes[up], up, dtype)
+        cell.lora_A, cell.lora_B = Factor(shapes[down], dtype), Factor(shapes[up], dtype)
         for factor, name in ((cell.lora_A, down), (cell.lora_B, up)):           # cells add their own name in front
             factor.matrix["weight"].name = name
         bound = shapes[down][-1] ** -0.5
@@ -48,7 +48,9 @@ def attach(causal_lm, shapes, scale, dropout, seed):
         cell.lora_A.matrix["weight"].set_data(ms.Tensor(values).astype(dtype))
         matrix.clear()
         matrix |= {"frozen": frozen, "lora_A": cell.lora_A.matrix, "lora_B": cell.lora_B.matrix, "scale": scale,
-                   "dropout": {"rate": dropout, "call": causal_lm.dropout_call, "salt": salt} if dropout > 0 else None}
+                   "dropout": None}
+        if dropout > 0:
+            matrix["dropout"] = {"rate": dropout, "call": causal_lm.dropout_call, "salt": first + salt}
 
 
 def dropping(step):
