@@ -21,8 +21,8 @@ def with_pair(product, x, matrix):
     """`product(x, handle)` of a matrix and, where it has a pair, of that: a function of x and of {"weight"} alone."""
     if not has_pair(matrix):
         return product(x, matrix)
-    low = product(dropped(x, matrix["dropout"]), matrix["lora_A"])
-    return product(x, matrix["frozen"]) + product(low, matrix["lora_B"]) * matrix["scale"]
+    low = product(dropped(x, matrix["dropout"]), matrix["lora_A"]) * matrix["scale"]
+    return product(x, matrix["frozen"]) + product(low, matrix["lora_B"])
 
 
 def merged(matrix):

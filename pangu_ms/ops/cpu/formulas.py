@@ -1,14 +1,16 @@
 """Forms of single formulas, with gradients: compiled operators. Each has the name and the arguments of what it
 replaces."""
+from mindspore import ops
+
 from pangu_ms.cache import rings
-from pangu_ms.model import experts, latent_attention
+from pangu_ms.model import experts
 from pangu_ms.model import feed_forward as dense
 from pangu_ms.model.linear import add_bias, without_bias
-from pangu_ms.model.low_rank import has_pair, with_pair
+from pangu_ms.model.low_rank import dropped, has_pair, with_pair
 from pangu_ms.ops.cpu.library import absent, operator
+from pangu_ms.shaping import part
 
 _ring_update = rings.ring_update.formula
-_expanded_attention = latent_attention.expanded_attention.formula
 _experts_gathered = experts.experts_gathered.formula
 _experts_grouped = experts.experts_grouped.formula
 _feed_forward = dense.feed_forward.formula
@@ -81,9 +83,23 @@ def latent_rows(latent, kv, norm, rope):
 
 def expanded_attention(q, sinks, keys, visible, kv_b, scale):
     if has_pair(kv_b):
-        return _expanded_attention(q, sinks, keys, visible, kv_b, scale)
+        sinks = None if sinks is None else _with_low(sinks, kv_b)
+        keys, kv_b = _with_low(keys, kv_b), _wide(kv_b)
     sinks = absent() if sinks is None else sinks
     return operator("ExpandedAttention")(q, sinks, keys, visible, kv_b["weight"], scale)
+
+
+def _wide(kv_b):
+    """[W | B], which of rows `_with_low` makes what the pair and W make of the rows."""
+    return {"weight": ops.cat((kv_b["frozen"]["weight"], kv_b["lora_B"]["weight"]), 1)}
+
+
+def _with_low(rows, kv_b):
+    """Latent rows [..., D] with scale * A of their latent behind it -> [..., D + rank]."""
+    width = kv_b["frozen"]["weight"].shape[1]
+    latent = part(rows, -1, 0, width)
+    low = _product(dropped(latent, kv_b["dropout"]), kv_b["lora_A"]) * kv_b["scale"]
+    return ops.cat((latent, low, part(rows, -1, width, rows.shape[-1])), -1)
 
 
 def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
