@@ -29,7 +29,12 @@ class PanguForCausalLM(CausalLM):
 
     Raises:
         ConfigError: it cannot be shared so (`check_ranks`).
+
+    Attributes:
+        adapter: in training what PEFT's adapter_config.json says of the adapter that is trained; None: there is none.
     """
+
+    adapter = None
 
     def __init__(self, config, ranks=None):
         device.start()
@@ -41,7 +46,7 @@ class PanguForCausalLM(CausalLM):
         self.set_train(False)
 
     @classmethod
-    def from_pretrained(cls, directory, dtype="float32", progress=False, ranks=None):
+    def from_pretrained(cls, directory, dtype="float32", progress=False, ranks=None, adapter=None):
         """The model of a checkpoint directory, Hugging Face's layout or ours.
 
         Args:
@@ -49,6 +54,7 @@ class PanguForCausalLM(CausalLM):
             dtype: "float32", "float16" or "bfloat16"; parameters that stay float32 (mHC, router) do so.
             progress: show a bar of tensors on stderr.
             ranks (Ranks): with this process's place, which reads no more than it holds; default: the whole model.
+            adapter: a directory with a LoRA adapter in PEFT's layout, or a run that trains one: merged while loading.
 
         Raises:
             PanguError: what `read_config` and `read_parameters` refuse: every missing, unexpected or
@@ -62,7 +68,7 @@ class PanguForCausalLM(CausalLM):
             model = cls(config, ranks)
         parameters = {parameter.name: parameter for parameter in model.get_parameters()}
         exact = [name for name, parameter in parameters.items() if parameter.dtype == ms.float32]
-        with read_parameters(directory, config, dtype, exact, ranks.model) as tensors:
+        with read_parameters(directory, config, dtype, exact, ranks.model, adapter) as tensors:
             bar = tqdm(tensors, "loading", len(tensors), unit=" tensors", leave=False, disable=not progress)
             for name, values in bar:
                 tensor = ms.Tensor.from_numpy(values)                           # shares the memory of `values`

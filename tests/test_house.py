@@ -37,8 +37,8 @@ ARROWS = {
     "generation": "architectures cache checkpoint device errors interrupts model parallel plan pretrained shaping text "
                   "yaml_file yaml_keys",
     "training": "architectures checkpoint errors model parallel plan shaping text yaml_file",
-    "run": "architectures checkpoint conversion device errors estimate interrupts parallel pretrained text training "
-           "yaml_file yaml_keys",
+    "run": "architectures checkpoint conversion device errors estimate interrupts model parallel pretrained text "
+           "training yaml_file yaml_keys",
     "estimate": "architectures cache errors generation model parallel plan training yaml_file",
     "env": "device",
 }

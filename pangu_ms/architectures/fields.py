@@ -13,6 +13,7 @@ from pangu_ms.architectures.tensors import count_parameters
 from pangu_ms.errors import ConfigError
 
 CONFIG_FILE = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, of a directory that holds an adapter
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -144,6 +145,10 @@ def read_fields(directory: str | os.PathLike) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             fields = json.load(file)
     except FileNotFoundError:
+        if os.path.exists(os.path.join(directory, ADAPTER_CONFIG)):
+            raise ConfigError(f"{directory}: holds an adapter and no model; give the model that its {ADAPTER_CONFIG} "
+                              "names, and this directory as --adapter, or merge the two by pangu-convert merge-lora"
+                              ) from None
         raise ConfigError(f"{path}: no such file; the directory of a checkpoint holds {CONFIG_FILE}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON ({error}); fetch the file again") from None

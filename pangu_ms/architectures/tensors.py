@@ -5,6 +5,7 @@ released checkpoint, with two differences. The routed experts of a layer are sta
 projection, [experts, rows, columns]. The copies of the embedding and of the head that a release stores in each MTP
 layer do not exist here; `mtp_copies` names them.
 """
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -153,6 +154,13 @@ def parameters(config) -> dict[str, Parameter]:
     if "_parameters" not in vars(config):
         vars(config)["_parameters"] = _parameters(config)
     return vars(config)["_parameters"]
+
+
+def extended(config, more: dict[str, Parameter]):
+    """A copy of a config whose `parameters` are `more` besides: those of an adapter that stands beside the model's."""
+    found = copy.copy(config)
+    vars(found)["_parameters"] = parameters(config) | more
+    return found
 
 
 def _parameters(config) -> dict[str, Parameter]:

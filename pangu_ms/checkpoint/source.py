@@ -57,6 +57,7 @@ class Source:
         """
         self.directory = checkpoint_directory(directory)
         self.config = config
+        self.adapter = None  # of `Merged`
         self._reader = reader and reader.model
         self.held: dict[tuple[str, int], list[tuple[Slice, StoredTensor]]] = {}
         self.repeats: list[tuple[StoredTensor, StoredTensor]] = []
@@ -230,7 +231,11 @@ class Source:
             if nbytes > len(buffer):  # one row may be longer than a block
                 buffer = np.empty(nbytes, np.uint8)
             values = buffer[:nbytes].view(carrier).reshape(rows, tensor.columns)
-            yield values, fill(band, first, values, tensor.dtype)
+            yield values, self.fill(tensor, band, first, values)
+
+    def fill(self, tensor: LayoutTensor, copies: list[Copy], first: int, out: np.ndarray) -> int:
+        """`copying.fill` of `tensor`, all of whose `copies` that make these rows are given."""
+        return fill(copies, first, out, tensor.dtype)
 
 
 def _listed(kinds: dict[str, list[str]]) -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""Move a checkpoint between the Hugging Face layout and ours, bit by bit, in constant memory."""
+"""Move a checkpoint between the Hugging Face layout and ours, bit by bit, or merge an adapter; in constant memory."""
 
 import argparse
+import dataclasses
 import os
 import re
 import resource
@@ -13,6 +14,7 @@ from pangu_ms.architectures.fields import CONFIG_FILE
 from pangu_ms.checkpoint.directory import rank_directories, rank_directory
 from pangu_ms.checkpoint.dtypes import CODES
 from pangu_ms.checkpoint.manifest import LARGEST_DIMENSION, MANIFEST_FILE, read_manifest
+from pangu_ms.checkpoint.merged import open_merged
 from pangu_ms.checkpoint.shards import INDEX_FILE, contained
 from pangu_ms.checkpoint.source import Source, open_source
 from pangu_ms.conversion.plan import Options, Plan, plan_conversion
@@ -27,6 +29,7 @@ EXAMPLE = """examples:
   pangu-convert ms2hf flash-ms flash-hf
   pangu-convert hf2ms openPangu-2.0-Flash flash-4 --tensor-parallel 2 --expert-parallel 2
   pangu-convert hf2ms openPangu-2.0-Flash first-six --layers 0-5 --mtp drop --dry-run
+  pangu-convert merge-lora openPangu-2.0-Flash output/lora_flash flash-merged
 
 An interrupted conversion leaves OUT.partial. The same command goes on from its finished shards.
 Exit code 0 on success, 2 when something is wrong (one message says what and how to mend it), 130 when interrupted.
@@ -72,25 +75,33 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pangu-convert", description=__doc__, epilog=EXAMPLE,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("hf2ms", "Hugging Face layout to ours"), ("ms2hf", "ours, whole or in ranks, to Hugging Face")):
+    for name, text in (("hf2ms", "Hugging Face layout to ours"), ("ms2hf", "ours, whole or in ranks, to Hugging Face"),
+                       ("merge-lora", "a model and a LoRA adapter to one model, in the layout of the first")):
         command = commands.add_parser(name, help=text, description=text, epilog=EXAMPLE,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.add_argument("input", metavar="IN",
+        merging = name == "merge-lora"
+        command.add_argument("input", metavar="BASE" if merging else "IN",
                              help="checkpoint of any layout, or a training run: its newest")
+        if merging:
+            command.add_argument("adapter", metavar="ADAPTER",
+                                 help="directory in PEFT's layout, or a training run: its newest")
         command.add_argument("output", metavar="OUT", help="directory to make; must not exist, or be empty")
         command.add_argument("--dtype", default="keep", choices=["keep", *CODES], help="number format (default: keep)")
         command.add_argument("--shard-size", type=_bytes, default="4GB", metavar="4GB", help="largest shard (4GB)")
-        command.add_argument("--mtp", default="keep", choices=["keep", "drop"], help="multi-token prediction layers")
-        command.add_argument("--layers", type=_layers, metavar="0-5", help="keep these trunk layers only")
+        if not merging:
+            command.add_argument("--mtp", default="keep", choices=["keep", "drop"], help="multi-token prediction layers")
+            command.add_argument("--layers", type=_layers, metavar="0-5", help="keep these trunk layers only")
         command.add_argument("--verify", action="store_true", help="read everything back and compare it")
         command.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
         command.add_argument("--allow-overflow", action="store_true", help="let values too large for float16 be inf")
-        command.set_defaults(mtp_copies="keep", dequantize=False, tensor_parallel=1, expert_parallel=1, rank=None)
+        command.set_defaults(mtp_copies="keep", dequantize=False, tensor_parallel=1, expert_parallel=1, rank=None,
+                             adapter=None, mtp="keep", layers=None)
         if name == "ms2hf":
             command.add_argument("--mtp-copies", default="keep", choices=["keep", "drop"],
                                  help="embedding and head, where the release repeats them in each MTP layer")
         else:
             command.add_argument("--dequantize", action="store_true", help="turn the Int8 release into floats")
+        if name == "hf2ms":
             command.add_argument("--tensor-parallel", type=_positive, metavar="T", help="cut heads for T ranks")
             command.add_argument("--expert-parallel", type=_positive, metavar="E", help="deal experts to E ranks")
             command.add_argument("--rank", type=int, metavar="R", help="write OUT/rank_R alone")
@@ -104,7 +115,11 @@ def run(arguments: argparse.Namespace) -> None:
     options = Options(to="stacked" if arguments.command == "hf2ms" else "released", dtype=arguments.dtype,
                       shard_size=arguments.shard_size, mtp=arguments.mtp == "keep", layers=arguments.layers,
                       mtp_copies=arguments.mtp_copies == "keep", dequantize=arguments.dequantize, ranks=ranks)
-    with open_source(arguments.input) as source:
+    opened = open_merged(arguments.input, arguments.adapter) if arguments.adapter else open_source(arguments.input)
+    with opened as source:
+        if arguments.adapter:                                                   # as the base is, copies included
+            options = dataclasses.replace(options, to="released" if source.layout == "released" else "stacked",
+                                          mtp_copies=bool(source.repeats))
         plans = plan_conversion(source, options)
         if arguments.rank is not None:
             if not 0 <= arguments.rank < ranks.count:

@@ -95,7 +95,7 @@ def plan_conversion(source: Source, options: Options) -> list[Plan]:
             if source.int8 else f"{source.directory}: holds no int8 weights; leave out --dequantize")
     known = parameters(source.config)
     # A model without experts has the same tensors in both layouts. Nothing tells which of them the source is.
-    if options.to == source.layout == "released" and any(p.name not in p.sources for p in known.values()):
+    if options.to == source.layout == "released" and not source.adapter and any(p.name not in p.sources for p in known.values()):
         raise CheckpointError(f"{source.directory}: already has the Hugging Face layout; ms2hf reads one of ours")
     trunk = len(source.config.plan.trunk)
     first, last = options.layers or (0, trunk - 1)

@@ -27,6 +27,9 @@ def describe(source: Source, plans: list[Plan]) -> str:
     lines += [f"  left out: {group}" for group in _groups(left_out)]
     if len(plan.config.plan.mtp_layers) != len(source.config.plan.mtp_layers):
         lines.append(f"  {plan.config.MTP_FIELD} is now {len(plan.config.plan.mtp_layers)} in config.json")
+    if source.adapter:
+        lines.append(f"merge: {len(source.adapter.pairs)} matrices with pairs of rank {source.adapter.rank} of "
+                     f"{source.adapter.directory}")
     for p in plans:
         place = f" for rank {p.ranks.rank} of {p.ranks.count}" if p.ranks.count > 1 else ""
         formats = ", ".join(sorted({NAMES[tensor.dtype] for tensor in p.tensors}))

@@ -13,6 +13,7 @@ import pangu_ms
 from pangu_ms.architectures import read_config
 from pangu_ms.architectures.fields import COMPUTE_DTYPES
 from pangu_ms.architectures.tensors import check_ranks
+from pangu_ms.checkpoint.adapter import AdapterFiles
 from pangu_ms.checkpoint.directory import document_directory
 from pangu_ms.errors import ConfigError, PanguError, one_line
 from pangu_ms.generation.config_file import PredictFile, find_predict_file
@@ -32,6 +33,7 @@ EXAMPLE = """examples:
   pangu-generate --model openPangu-2.0-Flash --chat --max-new-tokens 2048 --num-draft-tokens 3 --stats
   pangu-generate --model openPangu-2.0-Flash --chat --thinking off --prompt-file question.txt --max-new-tokens 512
   pangu-generate --model openPangu-Embedded-7B --chat --thinking auto --max-new-tokens 2048
+  pangu-generate --model openPangu-Embedded-7B --adapter output/lora --chat --max-new-tokens 2048
   pangu-generate --model tests/data/tiny --token-ids 5,6,7,8 --max-new-tokens 32 --json
   msrun --worker_num=8 --local_worker_num=8 --join=True --log_dir=logs tools/generate.py \\
       --config configs/openpangu_v2/predict_flash_92b.yaml --prompt "The capital of Peru is"
@@ -83,6 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="a YAML file for predict that gives options, see "
                         "configs/openpangu_v2; those given beside it come first")
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory: config.json, weights")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of that model, PEFT's layout or a training "
+                        "run: merged while loading")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue; needs a tokenizer in DIR")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the same from a UTF-8 file")
@@ -170,6 +174,8 @@ def run(arguments: argparse.Namespace, file: PredictFile, directory: str, said: 
     StopStrings(arguments.stop)
     eos_token_ids = find_eos_token_ids(config, directory) + (template.stop_token_ids if template else ())
 
+    if arguments.adapter is not None:
+        AdapterFiles(arguments.adapter, config).close()  # refused here, if at all
     if said is not None:
         print(said, file=sys.stderr)
     os.environ.setdefault("GLOG_v", "3")  # MindSpore's own log: errors only, unless the user wants more
@@ -179,7 +185,8 @@ def run(arguments: argparse.Namespace, file: PredictFile, directory: str, said: 
     device.start(**file.context)
     ranks = find_ranks(arguments, config)
     model = pangu_ms.PanguForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype,
-                                                      progress=sys.stderr.isatty(), ranks=ranks)
+                                                      progress=sys.stderr.isatty(), ranks=ranks,
+                                                      adapter=arguments.adapter)
 
     continuation = Continuation() if ids is None else None
 

@@ -13,6 +13,7 @@ from pangu_ms.device import replaceable
 from pangu_ms.model.elementary import swiglu
 from pangu_ms.model.feed_forward import FeedForward, feed_forward
 from pangu_ms.model.linear import Linear, dense_weight, parameter
+from pangu_ms.model.low_rank import with_pair
 from pangu_ms.model.pieces import BLOCK
 from pangu_ms.model.router import route
 from pangu_ms.parallel import collectives
@@ -88,14 +89,14 @@ def _of_these(ids, weights, count):
 
 def _by_matrix(rows, expert, matrices):
     """rows [G, M, H] through one expert each, expert int32 [G] -> [G, M, H]."""
-    product = ops.BatchMatMul(transpose_b=True)
-    gate, up = _of_each(matrices["gate"], expert), _of_each(matrices["up"], expert)
-    return product(swiglu(product(rows, gate), product(rows, up)), _of_each(matrices["down"], expert))
+    product = ops.partial(_product, expert)
+    inner = swiglu(with_pair(product, rows, matrices["gate"]), with_pair(product, rows, matrices["up"]))
+    return with_pair(product, inner, matrices["down"])
 
 
-def _of_each(matrix, expert):
-    """A stacked matrix [E, O, I] -> the matrices of expert int32 [G], [G, O, I]."""
-    return ops.gather(dense_weight(matrix), expert, 0)
+def _product(expert, rows, matrix):
+    """rows [G, M, I], each G by its matrix of {"weight": [E, O, I]} -> [G, M, O]."""
+    return ops.BatchMatMul(transpose_b=True)(rows, ops.gather(matrix["weight"], expert, 0))
 
 
 def weighted_sum(y, weights, x):

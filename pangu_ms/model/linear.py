@@ -1,9 +1,9 @@
 """Projections, and the handle by which formulas take a matrix.
 
 A matrix is a dictionary of parameters: {"weight": [O, I]}, or stacked [E, O, I] for experts. Another kind of matrix
-(int8 with a scale for each row, a frozen matrix with a low-rank pair beside it, or {"matrix", "bias"}: any matrix with
-a bias for what it gives) has other keys and no "weight": `linear` and `dense_weight` understand it, and an operator
-that takes a weight refuses it when the graph is compiled. No cell reads the weight of another past its handle. Handles
+(a frozen matrix with a low-rank pair beside it, `low_rank.py`; int8 with a scale for each row; or {"matrix", "bias"}:
+any matrix with a bias for what it gives) has other keys and no "weight": `linear` and `dense_weight` understand it, and
+an operator that takes a weight refuses it when the graph is compiled. No cell reads the weight of another past its handle. Handles
 of larger parts are dictionaries of these, put together when a cell is made: in a graph they cost nothing.
 """
 import mindspore as ms
@@ -11,13 +11,18 @@ from mindspore import nn, ops
 from mindspore.common.initializer import Normal, initializer
 
 from pangu_ms.device import replaceable
+from pangu_ms.model.low_rank import has_pair, merged, with_pair
 from pangu_ms.parallel import collectives
 
 
 @replaceable
 def linear(x, matrix):
     """x [..., I] -> [..., O], in the dtype of both."""
-    return add_bias(ops.dense(x, dense_weight(without_bias(matrix))), matrix)
+    return add_bias(with_pair(_product, x, without_bias(matrix)), matrix)
+
+
+def _product(x, matrix):
+    return ops.dense(x, matrix["weight"])
 
 
 def without_bias(matrix):
@@ -32,7 +37,7 @@ def add_bias(y, matrix):
 
 def dense_weight(matrix):
     """The numbers of a matrix [O, I] or [E, O, I], for formulas that take it apart."""
-    return matrix["weight"]
+    return merged(matrix) if has_pair(matrix) else matrix["weight"]
 
 
 def parameter(shape, plan, dtype=None, init=None):

@@ -5,6 +5,7 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from pangu_ms.architectures.tensors import parameters
+from pangu_ms.model.adapters import dropping
 from pangu_ms.parallel import collectives
 from pangu_ms.training.by_step import ByStep
 from pangu_ms.training.optimizer.qk_clip import LargestOfRanks, QKClip
@@ -179,6 +180,7 @@ class TrainStep(nn.Cell):
         norm, squares = self.update(gradients, load, total)
         return total, parts, norm, load, squares
 
+    @dropping
     def __call__(self, *batch):
         if not self.accumulates:
             return super().__call__(*batch)

@@ -67,7 +67,7 @@ def engine(monkeypatch):
     from pangu_ms.generation import stream
     calls = SimpleNamespace(loaded=None, prompts=[], options=None, reply=None)
 
-    def from_pretrained(directory, dtype, progress, ranks):
+    def from_pretrained(directory, dtype, progress, ranks, adapter):
         calls.loaded = (directory, dtype, progress)
         return CountingModel(read_config(directory), ranks)
 

@@ -235,6 +235,17 @@ def test_bad_prompt_file(engine, directory, capsys, tmp_path, content, words):
     assert words in refused(capsys, directory, "--prompt-file", str(tmp_path / "prompt.txt"))
 
 
+def test_bad_adapter(engine, directory, capsys, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    options = "--token-ids", "5", "--adapter", str(adapter)
+    assert f"{adapter / 'adapter_config.json'}: no such file; give" in refused(capsys, directory, *options)
+    (adapter / "adapter_config.json").write_text("{}")
+    assert "peft_type: found None, wanted 'LORA'" in refused(capsys, directory, *options)
+    assert engine.loaded is None, "refused before the weights are read"
+    assert "holds an adapter and no model; give the model" in refused(capsys, adapter, "--token-ids", "5")
+
+
 def test_no_such_directory(engine, directory, capsys):
     assert "nowhere: no such directory" in refused(capsys, directory / "nowhere", "--token-ids", "5")
 

@@ -5,7 +5,7 @@ from mindspore import ops
 from pangu_ms.model import experts
 from pangu_ms.model.elementary import swiglu
 from pangu_ms.model.experts import expert_count, weighted_sum
-from pangu_ms.model.linear import dense_weight
+from pangu_ms.model.low_rank import with_pair
 from pangu_ms.shaping import arange
 
 MOST_EXPERTS = 1024             # of the grouped product
@@ -34,13 +34,14 @@ def experts_grouped(x, ids, weights, matrices):
     pair = ops.expand_dims(arange(rows.shape[0]), 1)                        # [P, 1]
     grouped = ops.broadcast_to(pair < ops.sum(sizes), rows.shape)
     rows = ops.select(grouped, rows, ops.zeros_like(rows))
-    inner = swiglu(_product(rows, matrices["gate"], sizes), _product(rows, matrices["up"], sizes))
-    y = _product(inner, matrices["down"], sizes)
+    product = ops.partial(_product, sizes)
+    inner = swiglu(with_pair(product, rows, matrices["gate"]), with_pair(product, rows, matrices["up"]))
+    y = with_pair(product, inner, matrices["down"])
     y = ops.select(grouped, y, ops.zeros_like(y))
     return weighted_sum(ops.moe_token_unpermute(y, places), weights, x)
 
 
-def _product(rows, matrix, sizes):
-    """rows [P, I], of which sizes int64 [E] go to each expert in turn, matrix [E, O, I] -> [P, O]."""
-    return ops.function.math_func.gmm([rows], [ops.transpose(dense_weight(matrix), (0, 2, 1))], group_list=sizes,
+def _product(sizes, rows, matrix):
+    """rows [P, I], of which sizes int64 [E] go to each expert in turn, {"weight": [E, O, I]} -> [P, O]."""
+    return ops.function.math_func.gmm([rows], [ops.transpose(matrix["weight"], (0, 2, 1))], group_list=sizes,
                                       group_list_type=1)[0]

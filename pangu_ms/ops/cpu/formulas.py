@@ -1,17 +1,37 @@
 """Forms of single formulas, with gradients: compiled operators. Each has the name and the arguments of what it
 replaces."""
+from mindspore import ops
+
 from pangu_ms.cache import rings
+from pangu_ms.model import experts
+from pangu_ms.model import feed_forward as dense
 from pangu_ms.model import router as routing
+from pangu_ms.model.linear import add_bias, without_bias
+from pangu_ms.model.low_rank import dropped, has_pair, with_pair
 from pangu_ms.ops.cpu.library import absent, operator
+from pangu_ms.shaping import part
 
 _choose_experts = routing.choose_experts.formula
 _ring_update = rings.ring_update.formula
+_experts_gathered = experts.experts_gathered.formula
+_experts_grouped = experts.experts_grouped.formula
+_feed_forward = dense.feed_forward.formula
 
 
 def linear(x, matrix):
+    if has_pair(without_bias(matrix)):
+        return add_bias(with_pair(_product, x, without_bias(matrix)), matrix)
     if "bias" in matrix:
         return operator("LinearBias")(x, matrix["matrix"]["weight"], matrix["bias"])
     return operator("Linear")(x, matrix["weight"])
+
+
+def _product(x, matrix):
+    return operator("Linear")(x, matrix["weight"])
+
+
+def _any_pair(matrices):
+    return has_pair(matrices["gate"]) or has_pair(matrices["up"]) or has_pair(matrices["down"])
 
 
 def rms_norm(x, norm):
@@ -64,10 +84,26 @@ def latent_rows(latent, kv, norm, rope):
 
 
 def expanded_attention(q, sinks, keys, visible, kv_b, scale, wants_largest):
+    if has_pair(kv_b):
+        sinks = None if sinks is None else _with_low(sinks, kv_b)
+        keys, kv_b = _with_low(keys, kv_b), _wide(kv_b)
     sinks = absent() if sinks is None else sinks
     if wants_largest:
         return operator("ExpandedAttentionLargest")(q, sinks, keys, visible, kv_b["weight"], scale)
     return operator("ExpandedAttention")(q, sinks, keys, visible, kv_b["weight"], scale), ()
+
+
+def _wide(kv_b):
+    """[W | B], which of rows `_with_low` makes what the pair and W make of the rows."""
+    return {"weight": ops.cat((kv_b["frozen"]["weight"], kv_b["lora_B"]["weight"]), 1)}
+
+
+def _with_low(rows, kv_b):
+    """Latent rows [..., D] with scale * A of their latent behind it -> [..., D + rank]."""
+    width = kv_b["frozen"]["weight"].shape[1]
+    latent = part(rows, -1, 0, width)
+    low = _product(dropped(latent, kv_b["dropout"]), kv_b["lora_A"]) * kv_b["scale"]
+    return ops.cat((latent, low, part(rows, -1, width, rows.shape[-1])), -1)
 
 
 def absorbed_attention(q, sinks, keys, visible, kv_b, scale):
@@ -98,14 +134,26 @@ def choose_experts(logits, router):
 
 
 def experts_gathered(x, ids, weights, matrices):
+    if _any_pair(matrices):
+        return _experts_gathered(x, ids, weights, matrices)
+    return _experts(x, ids, weights, matrices)
+
+
+def experts_grouped(x, ids, weights, matrices):
+    if _any_pair(matrices):
+        return _experts_grouped(x, ids, weights, matrices)
+    return _experts(x, ids, weights, matrices)
+
+
+def _experts(x, ids, weights, matrices):
+    """For any number of tokens."""
     return operator("Experts")(x, ids, weights, matrices["gate"]["weight"], matrices["up"]["weight"],
                                matrices["down"]["weight"])
 
 
-experts_grouped = experts_gathered  # one operator for any number of tokens
-
-
 def feed_forward(x, matrices):
+    if _any_pair(matrices):
+        return _feed_forward(x, matrices)
     return operator("FeedForward")(x, matrices["gate"]["weight"], matrices["up"]["weight"], matrices["down"]["weight"])
 
 

@@ -2,6 +2,7 @@
 import mindspore as ms
 from mindspore import nn, ops
 
+from pangu_ms.architectures.adapters import is_adapter
 from pangu_ms.architectures.tensors import has_gradient
 from pangu_ms.errors import ConfigError
 from pangu_ms.model.cross_entropy import LogShare, cross_entropy
@@ -81,7 +82,12 @@ class Pretraining(nn.Cell):
         return names, ms.Tensor(weights, ms.float32)
 
     def trained_parameters(self):
-        """The parameters that have a gradient, in the model's order: the routers' biases follow counts instead."""
+        """The parameters that have a gradient, in the model's order: the routers' biases follow counts instead.
+
+        Of a model with an adapter those of the adapter.
+        """
+        if adapter := [parameter for parameter in self.causal_lm.get_parameters() if is_adapter(parameter.name)]:
+            return adapter
         return [parameter for name, parameter in self.causal_lm.parameters_and_names()
                 if (".indexer." in name if self.warm_up else has_gradient(name))]
 

@@ -16,8 +16,10 @@ import numpy as np
 from mindspore.train import Callback
 from tqdm import tqdm
 
+from pangu_ms.architectures.adapters import is_adapter
 from pangu_ms.errors import PanguError, one_line
 from pangu_ms.interrupts import ctrl_c
+from pangu_ms.model.adapters import DROPOUT_CALL
 from pangu_ms.parallel import collectives
 from pangu_ms.training.by_step import ByStep
 from pangu_ms.training.data.loader import source_of
@@ -260,7 +262,7 @@ class PanguCheckpoint(Callback):
             arrays[1] |= network.optimizer.gathered_states()                    # which all ranks put together
         state = RunState(step, run.sequences_before(step + 1), run.seed, run.fields)
         save_checkpoint(run.output_dir, model.config, *arrays, state, self.keep, run.tokenizer, ranks,
-                        lambda: collectives.wait(model.ranks), **options)
+                        lambda: collectives.wait(model.ranks), adapter=model.adapter, **options)
 
     def _copied(self, name, values):
         """A copy of what the next step changes, in memory that is kept: to ask for as much anew can take longer."""
@@ -273,13 +275,17 @@ class PanguCheckpoint(Callback):
 def split_parameters(network):
     """(the model's parameters, all others of a `TrainStep` but shards of states: moments, counters) by name.
 
-    Sums of gradients are left out: they are zero between steps.
+    Sums of gradients are left out: they are zero between steps. Where an adapter is trained, its parameters are in
+    place of the model's.
     """
-    weights = {parameter.name: parameter for parameter in network.causal_lm.get_parameters()}
+    weights = {parameter.name: parameter for parameter in network.causal_lm.get_parameters()
+               if parameter.name != DROPOUT_CALL}
     own = network.optimizer.own_names if isinstance(network.optimizer, PanguMuon) else set()
     own = own | {parameter.name for parameter in getattr(network, "sums", ())}
     others = {parameter.name: parameter for parameter in network.get_parameters()
               if parameter.name not in weights and parameter.name not in own}
+    if network.causal_lm.adapter:
+        weights = {name: parameter for name, parameter in weights.items() if is_adapter(name)}
     return weights, others
 
 

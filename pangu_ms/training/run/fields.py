@@ -6,6 +6,7 @@ from pangu_ms.architectures import config_class
 from pangu_ms.checkpoint.directory import checkpoint_directory, read_config
 from pangu_ms.errors import ConfigError
 from pangu_ms.training.data import LOADERS
+from pangu_ms.training.run.adapters import check_adapter_ranks, take_adapter, weights_of
 from pangu_ms.training.run.held_out import read_held_out
 from pangu_ms.training.run.keys import check_keys, read_keys
 from pangu_ms.training.run.ranks import find_ranks
@@ -27,7 +28,8 @@ def prepare(fields, resume=None, state=None):
         resume, state: the checkpoint to go on from, and its `RunState`.
 
     Returns:
-        The keys that a resumed run must have alike, the completed sections, the `Ranks`.
+        The keys that a resumed run must have alike, the completed sections, the `Ranks`, the `Adapter` that is trained
+        or None.
 
     Raises:
         ConfigError: a key that is unknown, without an effect, of a wrong value, or against another.
@@ -36,8 +38,9 @@ def prepare(fields, resume=None, state=None):
     given = kept_fields(fields)
     if state:
         check_fields(resume, state, given)
-        fields |= {"load_checkpoint": resume, "pretrained_model_dir": ""}
+        fields |= {"load_checkpoint": weights_of(resume), "pretrained_model_dir": ""}
     fields = complete(fields)
+    adapter = take_adapter(fields)
     check_keys(fields)
     check_schedules(fields)
     if not state:
@@ -48,7 +51,10 @@ def prepare(fields, resume=None, state=None):
     read_held_out(fields)
     if fields["run_mode"] != "train" and not (fields.get("load_checkpoint") or fields.get("pretrained_model_dir")):
         raise ConfigError(f"run_mode: found {fields['run_mode']} without weights; give load_checkpoint or pretrained_model_dir")
-    return given, fields, find_ranks(fields)
+    ranks = find_ranks(fields)
+    if adapter:
+        check_adapter_ranks(ranks)
+    return given, fields, ranks, adapter
 
 
 def kept_fields(fields):

@@ -195,9 +195,24 @@ RECOMPUTE = {
     "recompute_slice_activation": Refused("what is kept of a layer is not sliced", (False,)),
 }
 
+PET = {
+    "pet_type": Applied("the kind of adapter", choice("lora"), needed=True),
+    "lora_rank": Applied("of A and B", ONE),
+    "lora_alpha": Applied("their product is scaled by alpha / rank", POSITIVE),
+    "lora_dropout": Applied("of what A takes", _BETA),
+    "target_modules": Applied("a regular expression of whole Hugging Face names of modules", Kind(
+        r"a regular expression, such as .*\.self_attn\.\w+_proj", TEXT.read), needed=True),
+    "lora_a_init": Refused("A is drawn as PEFT does, uniform up to the root of 1 / inputs"),
+    "lora_b_init": Refused("B is zero"),
+    "param_init_type": Refused("A and B have the dtype of the model"),
+    "compute_dtype": Refused("A and B have the dtype of the model"),
+    "exclude_layers": Refused("say in target_modules what is wanted"),
+    "freeze_include": Refused("all of the base is frozen"),
+    "freeze_exclude": Refused("all of the base is frozen"),
+}
 MODEL = {
     "model_config": Applied("the fields of the released config.json, and compute_dtype", or_none(MAPPING)),
-    "pet_config": Refused("no adapters are trained", ({},)),
+    "pet_config": Section("an adapter, trained in place of the model", PET),
     "arch": Refused("model.model_config.architectures says it", ({},)),
 }
 

@@ -1,7 +1,6 @@
 """Numbers of a step besides its losses: gradient norms by part of the model, load by layer, and operations a second."""
 from collections import defaultdict
 
-import numpy as np
 
 from pangu_ms.architectures.tensors import has_gradient, parameters
 from pangu_ms.errors import ConfigError

@@ -8,6 +8,7 @@ MindFormers writes a log directory when it is imported: `pangu_ms.training.run.c
 """
 import copy
 import os
+import sys
 from types import SimpleNamespace
 
 import mindspore as ms
@@ -37,6 +38,7 @@ from pangu_ms.training.initial_values import initialize
 from pangu_ms.training.objectives.pretraining import Pretraining
 from pangu_ms.training.objectives.settings import TrainingSettings
 from pangu_ms.training.optimizer.pangu_muon import PanguMuon
+from pangu_ms.training.run.adapters import add_adapter, share_trained
 from pangu_ms.training.run.callbacks import PanguCheckpoint, PanguMonitor, Run
 from pangu_ms.training.run.evaluation import Evaluation, forward_objective, report
 from pangu_ms.training.run.fields import prepare
@@ -56,13 +58,14 @@ for callback in (PanguMonitor, PanguCheckpoint):
 class PanguModelConfig(PretrainedConfig):
     """`model.model_config`: the fields of config.json under their names; what MindFormers adds to them is ignored."""
 
-    def __init__(self, pangu_training=None, pangu_weights=None, pangu_seed=0, pangu_ranks=None, **fields):
+    def __init__(self, pangu_training=None, pangu_weights=None, pangu_seed=0, pangu_ranks=None, pangu_adapter=None,
+                 **fields):
         member = config_class(fields)
         super().__init__(architectures=list(member.architectures))
         known = {name: fields[name] for name in member.given_fields() if name in fields}
         self.fields = {name: dict(value) if isinstance(value, dict) else value for name, value in known.items()}
         self.pangu_training, self.pangu_weights, self.pangu_seed = pangu_training or {}, pangu_weights, pangu_seed
-        self.pangu_ranks = pangu_ranks
+        self.pangu_ranks, self.pangu_adapter = pangu_ranks, pangu_adapter
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS, legacy=False, search_names=set(ARCHITECTURES))
@@ -85,6 +88,8 @@ class PanguNetwork(TrainModelMixin, PreTrainedModel, ModelMixin):
         else:
             model = PanguForCausalLM(config_from_dict(config.fields), config.pangu_ranks)
             initialize(model, config.pangu_seed, settings)
+        if config.pangu_adapter:
+            add_adapter(model, config.pangu_adapter, config.pangu_weights, config.pangu_seed)
         self.objective = Pretraining(model, settings)
         trained = {id(parameter) for parameter in self.objective.trained_parameters()}
         for parameter in model.get_parameters():                                # MindFormers asks for trainable ones
@@ -176,11 +181,13 @@ class PanguTrainer(CausalLanguageModelingTrainer):
         ranks (Ranks): with this process's place.
         shard_states: ranks that hold the same parameters share the optimizer's states.
         load_optimizer: the optimizer's states start from `weights` too.
+        adapter (Adapter): trained in place of the model.
     """
 
     def __init__(self, model_name=None, run=None, resume=None, weights=None, ranks=Ranks(), shard_states=False,
-                 load_optimizer=False):
+                 load_optimizer=False, adapter=None):
         super().__init__(model_name)
+        self.adapter = adapter
         self.run, self.resume, self.weights, self.ranks = run, resume, weights, ranks
         self.shard_states, self.load_optimizer, self.source = shard_states, load_optimizer, None
 
@@ -258,7 +265,7 @@ class PanguTrainer(CausalLanguageModelingTrainer):
     def create_network(self, default_args=None):
         """The network is told what belongs to it besides `model_config`, and which layers to compute again."""
         own = {"pangu_training": self.config.pangu_training, "pangu_weights": self.weights, "pangu_seed": self.run.seed,
-               "pangu_ranks": self.ranks}
+               "pangu_ranks": self.ranks, "pangu_adapter": self.adapter}
         network = super().create_network({**(default_args or {}), **own})
         if self.config.recompute_config and self.config.recompute_config.recompute:
             for layer in _ours(network).objective.causal_lm.model.layers:
@@ -305,7 +312,7 @@ def train(fields, output_dir, resume=None, state=None):
     Raises:
         PanguError: an unknown key of one of our sections, or what model, data and callbacks refuse.
     """
-    given, fields, ranks = prepare(fields, resume, state)
+    given, fields, ranks, adapter = prepare(fields, resume, state)
     check_device(fields)
     load_optimizer = not state and fields.get("load_optimizer", False)
     # MindSpore's own way of sharding them, behind the same key, is for its own optimizers.
@@ -321,10 +328,12 @@ def train(fields, output_dir, resume=None, state=None):
     build_context(config)
     ranks = collectives.start(ranks)
     config.trainer.update(run=run, resume=resume, weights=weights, ranks=ranks, shard_states=shard_states,
-                          load_optimizer=load_optimizer)
+                          load_optimizer=load_optimizer, adapter=adapter)
     if config.train_dataset.data_loader.type in LOADERS:
         config.train_dataset.data_loader.tensor_parallel = ranks.tensor
     run.rank = get_real_rank()
+    if adapter and run.rank == 0:
+        print(share_trained(config_from_dict(fields["model"]["model_config"]), adapter), file=sys.stderr)
     Trainer(config).train()
 
 
@@ -335,7 +344,7 @@ def evaluate(fields, output_dir):
     Raises:
         PanguError: as `train`, and when the file names no checkpoint.
     """
-    _, fields, ranks = prepare(fields)
+    _, fields, ranks, _ = prepare(fields)
     check_device(fields)
     weights = fields.get("load_checkpoint") or fields.get("pretrained_model_dir")
     config = mindformers_config(copy.deepcopy(fields) | {"run_mode": "train"}, output_dir)

@@ -29,7 +29,7 @@ def begin_stage(step, directory, ranks):
 def _take(step, directory, ranks, mend):
     optimizer = step.optimizer
     sharded = optimizer.sharded_names if isinstance(optimizer, PanguMuon) else set()
-    saved = read_checkpoint(directory, ranks.model)
+    saved = read_checkpoint(directory, ranks.model, step.causal_lm.config)
     split = split_parameters(step)
     for parameters, arrays, others in zip(split, saved, (set(), sharded)):
         wanted = parameters.keys() | others

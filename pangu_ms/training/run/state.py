@@ -6,6 +6,9 @@
         training/optimizer.safetensors, state.json         what a resumed run needs besides, to go on with the same
                                                            numbers
 
+A run that trains an adapter has adapter_config.json and adapter_model.safetensors, PEFT's layout, in place of
+config.json and model.safetensors.
+
 A checkpoint is written under another name, put on the disk, and renamed. What an interrupted write or removal leaves
 ends in .partial and is never taken for a checkpoint. Ranks that share a model write one checkpoint together, the same
 that one process would write, and any other ranks can go on from it. A rank that has written its part says so by a file,
@@ -22,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from pangu_ms.architectures.fields import Config
+from pangu_ms.architectures.fields import ADAPTER_CONFIG, Config
+from pangu_ms.checkpoint.adapter import ADAPTER_FILE, by_name, by_source
 from pangu_ms.checkpoint.directory import checkpoints, read_config, step_directory
 from pangu_ms.checkpoint.shards import SINGLE_FILE
 from pangu_ms.conversion.write import sync
@@ -60,7 +64,8 @@ class RunState:
 def save_checkpoint(output_dir: str, config: Config, weights: dict[str, np.ndarray],
                     optimizer: dict[str, np.ndarray], state: RunState, keep: int, tokenizer: str | None = None,
                     ranks: Ranks = Ranks(), wait: Callable[[], None] = lambda: None,
-                    start: Callable[[str, Callable[[], None]], None] = lambda name, work: work()) -> str:
+                    start: Callable[[str, Callable[[], None]], None] = lambda name, work: work(),
+                    adapter: dict | None = None) -> str:
     """Write `state.step`'s checkpoint, then remove all but the newest `keep`.
 
     Args:
@@ -71,6 +76,7 @@ def save_checkpoint(output_dir: str, config: Config, weights: dict[str, np.ndarr
         wait: returns when all processes of the run have called it.
         start: is given what the work is called, and the work: all that takes long. Default: it is done at once. Done in
             a thread, the arrays must not change meanwhile, and no other checkpoint begin.
+        adapter: the contents of adapter_config.json, where the weights are those of an adapter, which `config` knows.
 
     Returns:
         The checkpoint's directory. It is there when the work of rank 0 is done.
@@ -80,11 +86,14 @@ def save_checkpoint(output_dir: str, config: Config, weights: dict[str, np.ndarr
     """
     target = step_directory(output_dir, state.step)
     partial = target + PARTIAL
-    files = {os.path.join(partial, SINGLE_FILE): weights, os.path.join(partial, OPTIMIZER_FILE): optimizer}
+    if adapter:
+        weights = by_source(weights, config)
+    files = {os.path.join(partial, ADAPTER_FILE if adapter else SINGLE_FILE): weights,
+             os.path.join(partial, OPTIMIZER_FILE): optimizer}
     share, writes = Share(config, ranks), ranks.rank < ranks.tensor * ranks.expert
     with _refusals(target, ranks):
         if ranks.rank == 0:
-            _begin(partial, config, tokenizer)
+            _begin(partial, config, tokenizer, adapter)
             for path, arrays in files.items():
                 lay_out(path, arrays, share)
     wait()
@@ -119,7 +128,7 @@ def _refusals(target: str, ranks: Ranks):
                               "then --resume goes on from the checkpoint before") from None
 
 
-def _begin(partial: str, config: Config, tokenizer: str | None) -> None:
+def _begin(partial: str, config: Config, tokenizer: str | None, adapter: dict | None) -> None:
     """Write what comes before the arrays, and remove what an interrupted write has left."""
     parent = os.path.dirname(partial)
     os.makedirs(parent, exist_ok=True)
@@ -127,7 +136,11 @@ def _begin(partial: str, config: Config, tokenizer: str | None) -> None:
         if name.endswith(PARTIAL):
             shutil.rmtree(os.path.join(parent, name))
     os.makedirs(os.path.join(partial, "training"))
-    config.save_pretrained(partial)
+    if adapter:
+        with open(os.path.join(partial, ADAPTER_CONFIG), "w", encoding="utf-8") as file:
+            json.dump(adapter, file, indent=1)
+    else:
+        config.save_pretrained(partial)
     for name in TOKENIZER_FILES:
         if tokenizer and os.path.isfile(os.path.join(tokenizer, name)):
             shutil.copyfile(os.path.join(tokenizer, name), os.path.join(partial, name))
@@ -166,16 +179,21 @@ def read_state(directory: str) -> RunState:
         raise CheckpointError(f"{path}: cannot be read ({error}); {_BEFORE.format(directory)}") from None
 
 
-def read_checkpoint(directory: str, ranks: Ranks = Ranks()) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def read_checkpoint(directory: str, ranks: Ranks = Ranks(),
+                    config: Config | None = None) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(weights, optimizer) as they were given to `save_checkpoint`: one rank's parts, whatever ranks wrote them.
 
     bfloat16 comes as uint16 bit patterns.
 
+    Args:
+        config: of the model, which knows the adapter, where the checkpoint is of one; default: what lies there.
+
     Raises:
         CheckpointError: a file is missing, damaged, or does not fit config.json.
     """
-    found, share = [], Share(read_config(directory), ranks)
-    for name in (SINGLE_FILE, OPTIMIZER_FILE):
+    found, share = [], Share(config or read_config(directory), ranks)
+    adapter = os.path.exists(os.path.join(directory, ADAPTER_CONFIG))
+    for name in (ADAPTER_FILE if adapter else SINGLE_FILE, OPTIMIZER_FILE):
         path = os.path.join(directory, name)
         try:
             found.append(read_parts(path, share))
@@ -183,7 +201,7 @@ def read_checkpoint(directory: str, ranks: Ranks = Ranks()) -> tuple[dict[str, n
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {_BEFORE.format(directory)}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{error}; or {_BEFORE.format(directory)}") from None
-    return found[0], found[1]
+    return by_name(found[0], share.config) if adapter else found[0], found[1]
 
 
 def check_fields(directory: str, state: RunState, fields: dict[str, Any]) -> None:

@@ -243,7 +243,7 @@ def test_a_batch_that_grows_is_counted_by_step(tmp_path, monkeypatch):
     monkeypatch.setattr(callbacks, "split_parameters", lambda network: ({}, {}))
     training = Training(tmp_path, lambda step: outputs(step, **(NAN if step == 4 else {})), 4, rate=ms.Tensor(0.5),
                         batch_ramp=ramp)
-    training.parameters.train_network.causal_lm = SimpleNamespace(config="config", ranks=Ranks())
+    training.parameters.train_network.causal_lm = SimpleNamespace(config="config", ranks=Ranks(), adapter=None)
     with pytest.raises(PanguError, match="step 4: loss is nan, with the documents a10, b10, .*, a15, b15; "):
         training(PanguMonitor(), PanguCheckpoint(save_checkpoint_steps=1))
     assert [state.sequences for state in states] == [2, 4, 10]
@@ -266,7 +266,7 @@ def test_parameters_are_split_into_weights_and_the_rest(tmp_path, monkeypatch):
     weight, moment = (ms.Parameter(ms.Tensor(np.full(2, value, np.float32)), name=name)
                       for name, value in (("w", 1), ("m.w", 2)))
     network = training.parameters.train_network
-    network.causal_lm = SimpleNamespace(get_parameters=lambda: [weight], config="config", ranks=Ranks())
+    network.causal_lm = SimpleNamespace(get_parameters=lambda: [weight], config="config", ranks=Ranks(), adapter=None)
     network.get_parameters = lambda: [weight, moment]
     training(PanguCheckpoint(save_checkpoint_steps=100, keep_checkpoint_max=2))
     directory, config, weights, optimizer, state, keep, tokenizer = given.values()
@@ -282,7 +282,7 @@ def test_parameters_are_split_into_weights_and_the_rest(tmp_path, monkeypatch):
 @pytest.mark.parametrize("broken, message", [({}, "^the disk is full$"), ({"norm": np.inf}, "step 3: grad_norm is inf")])
 def test_what_the_thread_could_not_write_ends_the_run(tmp_path, monkeypatch, capsys, broken, message):
     """At the next step or at the end; where something else has ended the run, it is said besides."""
-    def save_checkpoint(*arguments, start):
+    def save_checkpoint(*arguments, start, **_):
         def work():
             raise PanguError("the disk is full")
         start("writing", work)
@@ -291,7 +291,7 @@ def test_what_the_thread_could_not_write_ends_the_run(tmp_path, monkeypatch, cap
     training = Training(tmp_path, lambda step: outputs(step, **broken) if step == 3 else outputs(step), 9,
                         rate=ms.Tensor(0.5))
     network, checkpoint = training.parameters.train_network, PanguCheckpoint(save_checkpoint_steps=2)
-    network.causal_lm = SimpleNamespace(get_parameters=lambda: [], config="config", ranks=Ranks())
+    network.causal_lm = SimpleNamespace(get_parameters=lambda: [], config="config", ranks=Ranks(), adapter=None)
     network.get_parameters = lambda: []
     with pytest.raises(PanguError, match=message):
         training(PanguMonitor(), checkpoint)
@@ -309,10 +309,10 @@ def test_ctrl_c_waits_for_what_is_written(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return outputs(step)
 
-    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *_, start: start("", lambda: written.append(go.wait())))
+    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *_, start, **__: start("", lambda: written.append(go.wait())))
     training = Training(tmp_path, interrupted, 9)
     network = training.parameters.train_network
-    network.causal_lm = SimpleNamespace(get_parameters=lambda: [], config="config", ranks=Ranks())
+    network.causal_lm = SimpleNamespace(get_parameters=lambda: [], config="config", ranks=Ranks(), adapter=None)
     network.get_parameters = lambda: []
     with pytest.raises(KeyboardInterrupt):
         training(PanguCheckpoint(save_checkpoint_steps=1))

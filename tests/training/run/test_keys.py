@@ -143,7 +143,7 @@ def test_no_value_anywhere_in_a_file_is_more_than_one_line(value):
 def test_numbers_that_yaml_takes_for_text():
     text = yaml.safe_load("{lr: 4e-3, decay: 1e-1, ramp: [[0, 1e-3], [10, 5e-4]], theta: 1e6}")
     assert [type(text[key]) for key in ("lr", "decay", "theta")] == [str] * 3
-    _, fields, _ = prepare(changed(lr_schedule__learning_rate=text["lr"], optimizer__weight_decay=text["decay"],
+    _, fields, *_ = prepare(changed(lr_schedule__learning_rate=text["lr"], optimizer__weight_decay=text["decay"],
                                    optimizer__adamw_betas=[0.9, "9.5e-1"], pangu_training__z_loss_coeff="1e-4",
                                    model__model_config__rope_theta=text["theta"], runner_wrapper__max_grad_norm=1))
     assert (fields["lr_schedule"]["learning_rate"], fields["optimizer"]["weight_decay"]) == (0.004, 0.1)
@@ -303,7 +303,8 @@ READERS = {
                     "dataset/causal_language_model_dataset.py"),
     "mindspore": ("context.py",),
     "pangu_ms": ("training/run/fields.py", "training/run/ranks.py", "training/run/keys.py",
-                 "training/run/mindformers.py", "training/run/command.py", "training/run/tensorboard.py"),
+                 "training/run/mindformers.py", "training/run/command.py", "training/run/tensorboard.py",
+                 "training/run/adapters.py"),
 }
 
 

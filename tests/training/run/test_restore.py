@@ -38,7 +38,8 @@ def new_step(directory, **states):
     count = ms.Parameter(ms.Tensor([0], ms.int32), "global_step")
     sums = [ms.Parameter(ms.ops.ones(size, ms.float32), f"accumulated.{NORM}")]
     optimizer = SimpleNamespace(global_step=count)
-    return SimpleNamespace(causal_lm=SimpleNamespace(get_parameters=lambda: weights), optimizer=optimizer, sums=sums,
+    causal_lm = SimpleNamespace(get_parameters=lambda: weights, config=read_config(directory), adapter=None)
+    return SimpleNamespace(causal_lm=causal_lm, optimizer=optimizer, sums=sums,
                            get_parameters=lambda: [*weights, *named.values(), count, *sums]), named
 
 
