@@ -68,7 +68,8 @@ def directory(tmp_path_factory, data, one_layer, family):
     for folder, name, layers in (("pangu_embedded", "embedded_tied", {}), ("pangu_pro_moe", "pro_moe", {}),
                                  ("pangu_pro_moe_v2", "pro_moe_v2", {}),
                                  ("pangu_ultra_moe", "ultra_moe", {"num_dense_layers": 0})):
-        small[folder] = json.loads((data / name / "config.json").read_text()) | layers | words | {"num_hidden_layers": 1}
+        given = json.loads((data / name / "config.json").read_text())
+        small[folder] = given | layers | words | {"num_hidden_layers": 1}
     for path in (ROOT / "configs").glob("*/*.yaml"):
         fields = read_yaml(str(path))
         if path.stem.endswith("cpu"):

@@ -1,4 +1,4 @@
-"""tools/tokenize_corpus.py: what training reads is what it would have made of the files itself, whatever interrupts it."""
+"""tools/tokenize_corpus.py: what training reads is what it would have made of the files, whatever interrupts it."""
 import json
 import multiprocessing
 import os
@@ -118,7 +118,8 @@ def test_what_was_killed_goes_on(tokenizer, tmp_path):
     while process.poll() is None and len(list(tmp_path.glob("c.shards/*.lengths"))) < 2:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not list(tmp_path.glob("c.*.bin")) and not (tmp_path / "c.idx").exists()
+    assert process.wait() == -signal.SIGKILL
+    assert not list(tmp_path.glob("c.*.bin")) and not (tmp_path / "c.idx").exists()
     (tmp_path / "c.bin.partial").write_bytes(b"cut off")
     (tmp_path / "c.bin").write_bytes(b"of a run that was killed before its index had its name")
     process = start(prefix)

@@ -57,7 +57,7 @@ def most_voted(score, groups, kept):
     size = score.shape[-1] // groups
     best = ops.reshape(best_of_groups(score, groups), (-1, 1))                  # [N * groups, 1]
     votes = ops.sum(ops.cast(best == arange(groups * size), ms.float32), 0)     # [E]
-    votes = ops.reshape(votes, (groups, size)) * size - ops.cast(arange(size), ms.float32)        # of which none are equal
+    votes = ops.reshape(votes, (groups, size)) * size - ops.cast(arange(size), ms.float32)   # none are equal
     winners = top_k(votes, kept) + ops.reshape(arange(groups) * size, (-1, 1))  # [groups, kept]
     won = ops.sum(ops.cast(ops.reshape(winners, (-1, 1)) == arange(groups * size), ms.float32), 0) > 0        # [E]
     return ops.select(won, score, ops.full_like(score, -1.0))                   # a score by softmax is positive

@@ -54,9 +54,9 @@ def grouped(directory, ranks):
 
 
 def train(directory, ranks):
-    """-> arrays by name: the parts of the loss, gradients by parameter and their sums of squares, losses, gradient norms
-    and largest logits of STEPS steps, and the optimizer's moments at their end. A step that is not finite on one rank
-    changes nothing on any.
+    """-> arrays by name: the parts of the loss, gradients by parameter and their sums of squares, losses, gradient
+    norms and largest logits of STEPS steps, and the optimizer's moments at their end. A step that is not finite on one
+    rank changes nothing on any.
 
     The ranks share a batch as they share everything else.
     """

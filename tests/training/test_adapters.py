@@ -53,6 +53,6 @@ def test_a_checkpoint_has_the_pairs_and_what_a_resumed_run_needs(trained):
     step, before, after, losses = trained
     weights, others = split_parameters(step)
     assert weights.keys() == {name for name in before if is_adapter(name)}
-    assert others["lora_dropout_call"].asnumpy().tolist() == [-len(losses)]     # of the last step, and none is under way
+    assert others["lora_dropout_call"].asnumpy().tolist() == [-len(losses)]     # of the last step
     assert not others.keys() & (before.keys() - {"lora_dropout_call"})
     assert {name.split(".")[0] for name in others if is_adapter(name)} == {"adam_m", "adam_v"}

@@ -153,7 +153,7 @@ def mtp_input(embedding, hidden, weights, step):
 
 
 def moe(x, router, experts, shared, decode):
-    """Decoding: without the router's logits. A choice that the tokens of a step make together is left to the formula."""
+    """Decoding: without the router's logits. What the tokens of a step choose together is left to the formula."""
     if not decode or router["kept"] is not None:
         return _moe(x, router, experts, shared, decode)
     factor = _ones(router["bias"].shape[0]) if router["factor"] is None else router["factor"]

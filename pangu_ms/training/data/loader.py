@@ -121,8 +121,8 @@ class Epochs:
         if wrong.any():
             place = wrong.any(axis=0).argmax()
             begun = np.count_nonzero(sequence.position_ids[:place + 1] == 0)
-            raise PanguError(f"{self.documents(n)[begun - 1]}: holds the token {ids[:, place][wrong[:, place]][0]}, but "
-                             f"model.model_config.vocab_size is {self.vocab_size}; take the tokenizer of the model")
+            token = ids[:, place][wrong[:, place]][0]
+            raise PanguError(f"{self.documents(n)[begun - 1]}: holds the token {token}, but model.model_config.vocab_size is {self.vocab_size}; take the tokenizer of the model")
         if sequence.loss_mask.max() > 1:
             raise PanguError(f"{self.documents(n)[0]}: the .mask holds {sequence.loss_mask.max():.0f} here or in the "
                              "next documents, wanted 0 or 1; tokenise again")

@@ -50,7 +50,8 @@ def prepare(fields, resume=None, state=None):
                           "float16 need a scaled loss, which training here does not have")
     read_held_out(fields)
     if fields["run_mode"] != "train" and not (fields.get("load_checkpoint") or fields.get("pretrained_model_dir")):
-        raise ConfigError(f"run_mode: found {fields['run_mode']} without weights; give load_checkpoint or pretrained_model_dir")
+        raise ConfigError(f"run_mode: found {fields['run_mode']} without weights; give load_checkpoint or "
+                          "pretrained_model_dir")
     ranks = find_ranks(fields)
     if adapter:
         check_adapter_ranks(ranks)

@@ -39,7 +39,8 @@ def directory(tmp_path_factory, one_layer):
               directory / "base" / "model.safetensors")
     fields = read_yaml(str(ROOT / "configs" / "openpangu_v2" / "finetune_toy_lora_cpu.yaml"))
     fields["load_checkpoint"] = "base"
-    fields["model"]["pet_config"] |= {"lora_dropout": 0.3, "target_modules": r".*(self_attn\.\w+_proj|experts\.\d+\.\w+)"}
+    fields["model"]["pet_config"] |= {"lora_dropout": 0.3,
+                                      "target_modules": r".*(self_attn\.\w+_proj|experts\.\d+\.\w+)"}
     fields["train_dataset"]["data_loader"] |= {"path": "texts.jsonl", "tokenizer": "tokenizer", "seq_length": 24,
                                                "documents": "texts"}
     fields["runner_config"] |= {"epochs": 1, "batch_size": 4}

@@ -35,7 +35,8 @@ def slowly(descriptor, values, start):
     return pwrite(descriptor, values[:256], start)
 
 os.pwrite, found, background = slowly, checkpoints(directory), Background()
-begun, arrays = 0, [{{"model.norm.weight": np.zeros(config.hidden_size, np.float32)}}, {{"m": np.ones(40_000, np.float32)}}]
+begun = 0
+arrays = [{{"model.norm.weight": np.zeros(config.hidden_size, np.float32)}}, {{"m": np.ones(40_000, np.float32)}}]
 if found:
     begun, arrays = read_state(found[-1]).step, list(read_checkpoint(found[-1]))
 for step in range(begun + 1, {STEPS} + 1):

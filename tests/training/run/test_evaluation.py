@@ -114,7 +114,7 @@ def test_keys_of_a_file():
     ({"eval_step_interval": 2.5}, "eval_step_interval: found 2.5, wanted an integer"),
     ({"eval_epoch_interval": "1"}, "eval_epoch_interval: found '1', wanted an integer"),
     ({"eval_callbacks": [{"type": "ObsMonitor"}]}, "eval_callbacks: found .*PanguMonitor shows and logs"),
-    ({"eval_dataset_task": {"type": "GeneralDataset"}}, "eval_dataset_task.type: found 'GeneralDataset', wanted Causal"),
+    ({"eval_dataset_task": {"type": "GeneralDataset"}}, "eval_dataset_task.type: found 'GeneralDataset', wanted C"),
     ({"eval_dataset": fields()["eval_dataset"] | {"num_samples": 0}}, "eval_dataset.num_samples: found 0, wanted"),
     ({"eval_dataset": fields()["eval_dataset"] | {"drop_remainder": True}}, "drop_remainder: found True, wanted Fal"),
     ({"eval_dataset": fields()["eval_dataset"] | {"input_columns": None}}, "input_columns: found None, wanted"),

@@ -52,7 +52,7 @@ def changed(**values):
     ({"runner_wrapper": {"type": "Mine", "auto_register": "mine.Mine"}}, "found Mine, but callbacks name PanguChe"),
     ({"lr_schedule__warmup_epochs": 1}, "warmup_epochs: .*give warmup_steps or warmup_ratio"),
     ({"do_eval": True, "callbacks": [{"type": "PanguCheckpoint"}]}, "do_eval: callbacks do not name PanguMonitor"),
-    ({"tensorboard": {"tensorbord_dir": "x"}}, "tensorboard.tensorbord_dir: no such key; did you mean tensorboard_dir?"),
+    ({"tensorboard": {"tensorbord_dir": "x"}}, "tensorbord_dir: no such key; did you mean tensorboard_dir?"),
     ({"eval_dataset__data_loader__seq_len": 1}, "eval_dataset.data_loader.seq_len: .*did you mean seq_length?"),
     ({"eval_step_interval": "all"}, "eval_step_interval: found 'all', wanted an integer of at least -1"),
     ({"callbacks__0__devise": "x"}, "callbacks.PanguMonitor.devise: no such key; did you mean device?"),
@@ -115,8 +115,8 @@ def test_a_run_stands_for_its_newest_checkpoint(mindformers, data, tmp_path):
 
 
 def test_a_whole_accumulation_is_one_step(mindformers, monkeypatch):
-    """Losses are the mean over its parts, the load their sum; norm and squares are the last one's, which updates; of the
-    largest logits, which come where they are asked for, the largest."""
+    """Losses are the mean over its parts, the load their sum; norm and squares are the last one's, which updates; of
+    the largest logits, which come where they are asked for, the largest."""
     calls = []
 
     def once(self, ids, mask):

@@ -39,7 +39,7 @@ def test_the_file_trains_attention(fields, data):
     ({"lora_rank": 0}, "model.pet_config.lora_rank: found 0, wanted an integer of at least 1"),
     ({"lora_alpha": True}, "model.pet_config.lora_alpha: found True, wanted a number above 0"),
     ({"lora_dropout": 1}, "model.pet_config.lora_dropout: found 1, wanted a number from 0 to below 1"),
-    ({"target_modules": ["q_proj"]}, r"model.pet_config.target_modules: found \['q_proj'\], wanted a regular expression"),
+    ({"target_modules": ["q_proj"]}, r"pet_config.target_modules: found \['q_proj'\], wanted a regular expression"),
     ({"target_modules": ".*wq"}, "model.pet_config.target_modules: '.*wq' matches the whole name of no module"),
 ])
 def test_a_wrong_key_is_named(fields, change, message):
