@@ -3,8 +3,9 @@
 A matrix is a dictionary of parameters: {"weight": [O, I]}, or stacked [E, O, I] for experts. Another kind of matrix
 (a frozen matrix with a low-rank pair beside it, `low_rank.py`; int8 with a scale for each row; or {"matrix", "bias"}:
 any matrix with a bias for what it gives) has other keys and no "weight": `linear` and `dense_weight` understand it, and
-an operator that takes a weight refuses it when the graph is compiled. No cell reads the weight of another past its handle. Handles
-of larger parts are dictionaries of these, put together when a cell is made: in a graph they cost nothing.
+an operator that takes a weight refuses it when the graph is compiled. No cell reads the weight of another past its
+handle. Handles of larger parts are dictionaries of these, put together when a cell is made: in a graph they cost
+nothing.
 """
 import mindspore as ms
 from mindspore import nn, ops
