@@ -76,7 +76,7 @@ def test_dropout_follows_from_the_number_of_the_step():
 
 @pytest.mark.parametrize("step", [
     lambda pair: decoding.moe(None, {"bias": np.zeros(2), "factor": np.ones(2), "gate": {"weight": 0}, "scale": 0,
-                                     "scoring": "softmax", "grouped": False, "normalise": True},
+                                     "scoring": "softmax", "grouped": False, "normalise": True, "kept": None},
                               {"gate": pair, "up": pair, "down": pair}, {}, True),
     lambda pair: decoding.mtp_input(None, None, {"embedding_norm": {"weight": 0}, "hidden_norm": {"weight": 0},
                                                  "projection": pair}, {"decode": True}),

@@ -35,8 +35,8 @@ def test_the_most_voted_experts_of_a_group_are_kept():
 
     def chosen(kept):
         return [found.asnumpy() for found in op_by_op(
-            flat.choose_experts, ms.Tensor(logits, ms.float32), ms.Tensor(np.zeros(EXPERTS), ms.float32),
-            ms.Tensor(np.ones(GROUPS), ms.float32), False, "softmax", True, kept)]
+            flat.choose_most_voted, ms.Tensor(logits, ms.float32), ms.Tensor(np.zeros(EXPERTS), ms.float32),
+            ms.Tensor(np.ones(GROUPS), ms.float32), False, "softmax", kept)]
 
     all_ids, all_weights = chosen(None)
     for found, wanted in zip(chosen(size), (all_ids, all_weights)):

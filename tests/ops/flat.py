@@ -83,8 +83,12 @@ def routing(gate, bias, scale, normalise, scoring, grouped, factor, kept=None):
             "grouped": grouped, "factor": factor, "kept": kept}
 
 
-def choose_experts(logits, bias, scale, normalise, scoring, grouped, kept=None):
-    return router.choose_experts(logits, routing(None, bias, scale, normalise, scoring, grouped, None, kept))
+def choose_experts(logits, bias, scale, normalise, scoring, grouped):
+    return router.choose_experts(logits, routing(None, bias, scale, normalise, scoring, grouped, None))
+
+
+def choose_most_voted(logits, bias, scale, normalise, scoring, kept):
+    return router.choose_experts(logits, routing(None, bias, scale, normalise, scoring, True, None, kept))
 
 
 def experts_gathered(x, ids, weights, gate, up, down):
