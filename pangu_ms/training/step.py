@@ -112,6 +112,8 @@ class Update(nn.Cell):
         if self.max_norm is not None:
             gradients = self.each(ops.partial(_scale, self.max_norm / ops.maximum(norm, self.max_norm)), gradients)
         norm = ops.depend(norm, self.optimizer(gradients))
+        if self.qk_clip is not None:
+            norm = ops.depend(norm, self.qk_clip(ops.depend(largest, norm)))
         if self.biased:
             step = self._bias_rate(norm) * ops.sign(ops.mean(load, -1, keep_dims=True) - load)
             for i, bias in enumerate(self.biases):
