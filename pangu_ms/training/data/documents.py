@@ -126,7 +126,8 @@ def parse(line: bytes, where: str) -> dict:
     except UnicodeError as error:
         raise PanguError(f"{where}: not UTF-8 ({error.reason}): convert the file") from None
     except (ValueError, RecursionError) as error:
-        raise PanguError(f"{where}: not JSON ({error}): mend the line or remove it") from None
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise PanguError(f"{where}: not JSON ({why}): mend the line or remove it") from None
     if not isinstance(record, dict):
         raise PanguError(f"{where}: {kind(record)}: wanted a JSON object")
     return record
