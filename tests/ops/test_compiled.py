@@ -242,6 +242,17 @@ def test_other_dtypes_are_refused_in_words(capfd):
     assert "pangu_ms: Swiglu was given float16 (argument 0): it takes float32" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("label", [-1, 5, 10 ** 6])
+def test_a_label_outside_the_vocabulary_is_refused_in_words(label, capfd):
+    """Where it counts; elsewhere it may be anything."""
+    operator = Call(library._operator("CrossEntropy"))
+    hidden, weight, labels = normal(2, 3), normal(5, 3), ms.Tensor([label, 4], ms.int32)
+    assert operator(hidden, weight, labels, ms.Tensor([0.0, 1.0], ms.float32)).asnumpy()[0] == 0
+    with pytest.raises(RuntimeError):
+        operator(hidden, weight, labels, ms.Tensor([1.0, 1.0], ms.float32)).asnumpy()
+    assert f"CrossEntropy: label {label} of row 0 is outside the vocabulary of 5" in capfd.readouterr().err
+
+
 def test_another_kind_of_matrix_is_refused():
     with pytest.raises(Exception, match="weight"):
         Call(Quantised())(normal(2, 3), normal(4, 3))

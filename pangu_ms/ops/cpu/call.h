@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <stdexcept>
 #include <vector>
 
 // One launch: inputs, then outputs. Scalar arguments are inputs without dimensions.
@@ -39,13 +40,19 @@ struct Call {
 
 using Shape = std::vector<int64_t>;
 
-// Defines the entry `Name(const Call& call)` that MindSpore finds by its name; nonzero fails the graph.
+// Defines the entry `Name(const Call& call)` that MindSpore finds by its name; nonzero fails the graph. What the thread
+// that calls it throws is said on stderr.
 #define OPERATOR(Name)                                                                                        \
     static void Name##_run(const Call& call);                                                                 \
     extern "C" int Name(int count, void** data, int* ndims, int64_t** shapes, const char** dtypes, void*, void*) { \
         Call call{count, data, ndims, shapes, dtypes};                                                        \
         if (!call.known_dtypes(#Name)) return 1;                                                                \
-        Name##_run(call);                                                                                     \
+        try {                                                                                                 \
+            Name##_run(call);                                                                                 \
+        } catch (const std::exception& error) {                                                               \
+            fprintf(stderr, "pangu_ms: %s: %s\n", #Name, error.what());                                       \
+            return 1;                                                                                         \
+        }                                                                                                     \
         return 0;                                                                                             \
     }                                                                                                         \
     static void Name##_run(const Call& call)

@@ -1,5 +1,6 @@
 // The language model's head with its cross entropy, and the gradient: logits live for a block of rows alone. Rows whose
 // mask is 0 are left out.
+#include <string>
 #include <vector>
 
 #include "call.h"
@@ -8,10 +9,17 @@
 constexpr int64_t ROWS = 64;                            // that one thread takes at a time
 constexpr int64_t BLOCK = 1 << 22;                      // logits kept at once for the gradient of the weight
 
-static std::vector<int64_t> counted_rows(const float* mask, int64_t rows) {
+// A label comes from data: one that is no word would be read, and written, outside of the logits.
+static std::vector<int64_t> counted_rows(const float* mask, const int32_t* labels, int64_t rows, int64_t words) {
     std::vector<int64_t> counted;
-    for (int64_t row = 0; row < rows; row++)
-        if (mask[row] != 0) counted.push_back(row);
+    for (int64_t row = 0; row < rows; row++) {
+        if (mask[row] == 0) continue;
+        if (labels[row] < 0 || labels[row] >= words)
+            throw std::out_of_range("label " + std::to_string(labels[row]) + " of row " + std::to_string(row) +
+                                    " is outside the vocabulary of " + std::to_string(words) +
+                                    "; train with the tokenizer of the model");
+        counted.push_back(row);
+    }
     return counted;
 }
 
@@ -32,7 +40,7 @@ OPERATOR(CrossEntropy) {
     const float *hidden = call.floats(0), *weight = call.floats(1), *mask = call.floats(3);
     const int32_t* labels = call.ints(2);
     float* loss = call.floats(4);
-    const auto counted = counted_rows(mask, rows);
+    const auto counted = counted_rows(mask, labels, rows, words);
     const int64_t total = counted.size();
     std::fill(loss, loss + rows, 0.0f);
     parallel((total + ROWS - 1) / ROWS, [&](int64_t block) {
@@ -58,7 +66,7 @@ OPERATOR(CrossEntropyGradient) {
     const float *hidden = call.floats(0), *weight = call.floats(1), *mask = call.floats(3), *dloss = call.floats(4);
     const int32_t* labels = call.ints(2);
     float *dhidden = call.floats(5), *dweight = call.floats(6);
-    const auto counted = counted_rows(mask, rows);
+    const auto counted = counted_rows(mask, labels, rows, words);
     const int64_t total = counted.size(), together = std::max<int64_t>(1, BLOCK / words / ROWS) * ROWS;
     // Gradients of the logits, a little more than the words apart: lines a power of 2 apart would fall into the same
     // sets of the caches when they are read by column.
