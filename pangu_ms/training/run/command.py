@@ -95,6 +95,7 @@ def evaluate(fields: dict, output_dir: str, arguments: argparse.Namespace) -> No
     if arguments.resume:
         raise ConfigError("--resume: nothing is trained with run_mode eval; load_checkpoint says what is evaluated")
     check_paths(fields, ("load_checkpoint", "pretrained_model_dir"), ("eval_dataset",))
+    prepare(fields)
     with surroundings(os.path.join(output_dir, "mindformers"), arguments.register_path):
         from pangu_ms.training.run import mindformers
         line = mindformers.evaluate(fields, output_dir)
